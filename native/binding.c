@@ -1,0 +1,4 @@
+#include "ucm/blockfile.h"
+#include "ucm/crc32c.h"
+#include "ucm/pool.h"
+#include "ucm/status.h"

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: MIT
+"""The C library, in Python's terms.
+
+Calls release the interpreter lock.  Arrays cross as pointers and are kept by the caller; see the
+headers under native/include for the contracts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from ucm_sdk._native import _binding
+from ucm_sdk.errors import Status, error_for
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from ucm_sdk.types import Batch, BlockIds
+
+_ffi: Final[Any] = _binding.ffi
+_lib: Final[Any] = _binding.lib
+
+_NS: Final = 1_000_000_000
+_FOREVER_NS: Final = 2**62
+ENGINES: Final = ("sync", "io_uring")
+
+
+def crc32c(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
+    """Return the CRC-32C of ``data``, continuing from ``crc``."""
+    view = _ffi.from_buffer(data)
+    return int(_lib.ucm_crc32c(crc, view, len(view)))
+
+
+def status_text(status: int) -> str:
+    """Return the C library's text for a status."""
+    return str(_ffi.string(_lib.ucm_status_text(status)).decode())
+
+
+def versions() -> dict[str, str]:
+    """Return which variants of the kernels this machine uses."""
+    return {"crc32c": _ffi.string(_lib.ucm_crc32c_name()).decode()}
+
+
+def _check(status: int, doing: str) -> None:
+    if status:
+        raise error_for(Status(status), f"{doing}: {status_text(status)}")
+
+
+def _ns(timeout_s: float | None) -> int:
+    return _FOREVER_NS if timeout_s is None else max(0, int(timeout_s * _NS))
+
+
+class Pool:
+    """A bounded pool of I/O threads."""
+
+    def __init__(self, *, threads: int, queue_blocks: int, engine: str, scratch_bytes: int) -> None:
+        """Start the threads; ``engine`` is one of ``ENGINES`` and falls back to ``sync``."""
+        options = _ffi.new(
+            "ucm_pool_options *",
+            {
+                "threads": threads,
+                "queue_blocks": queue_blocks,
+                "engine": ENGINES.index(engine),
+                "scratch_bytes": scratch_bytes,
+            },
+        )
+        out = _ffi.new("ucm_pool **")
+        _check(_lib.ucm_pool_open(options, out), "starting I/O threads")
+        self.handle = out[0]
+
+    @property
+    def engine(self) -> str:
+        """The I/O engine in use."""
+        return str(_ffi.string(_lib.ucm_pool_engine(self.handle)).decode())
+
+    @property
+    def queued(self) -> int:
+        """Blocks that wait for a thread."""
+        return int(_lib.ucm_pool_queued(self.handle))
+
+    def close(self, timeout_s: float) -> bool:
+        """Stop the threads; False when one is stuck in the kernel and the pool is leaked."""
+        return int(_lib.ucm_pool_close(self.handle, _ns(timeout_s))) == Status.OK
+
+
+class NativeTransfer:
+    """A batch under way in the C library."""
+
+    def __init__(self, handle: Any, blocks: int) -> None:  # noqa: ANN401
+        """Own ``handle``; it is released when this object goes."""
+        self._handle = _ffi.gc(handle, _lib.ucm_batch_release)
+        self._blocks = blocks
+
+    def done(self) -> bool:
+        """Whether every block has ended."""
+        return bool(_lib.ucm_batch_done(self._handle))
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Wait until done or until the time is over; returns whether it is done."""
+        return int(_lib.ucm_batch_wait(self._handle, _ns(timeout_s))) == Status.OK
+
+    def cancel(self) -> None:
+        """Stop; afterwards nothing is written to the caller's memory."""
+        _lib.ucm_batch_cancel(self._handle)
+
+    def statuses(self) -> NDArray[np.int32]:
+        """Return one ``Status`` per block."""
+        pointer = _lib.ucm_batch_statuses(self._handle)
+        return np.frombuffer(_ffi.buffer(pointer, self._blocks * 4), np.int32).copy()
+
+    def elapsed_s(self) -> float:
+        """Return the seconds from submission to end, 0 before the end."""
+        return float(_lib.ucm_batch_elapsed_ns(self._handle)) / _NS
+
+
+class BlockFiles:
+    """Blocks as files in one directory, see ucm/blockfile.h."""
+
+    def __init__(
+        self,
+        directory: Path,
+        pool: Pool,
+        *,
+        namespace_id: bytes,
+        geometry_id: bytes,
+        piece_bytes: NDArray[np.uint32],
+        shard: int,
+        shards: int,
+        open_blocks: int,
+        sync: bool,
+        keep_quarantined: int,
+    ) -> None:
+        """Open ``directory``, which exists; ``pool`` must outlive this object."""
+        path = _ffi.new("char[]", bytes(directory))
+        name = _ffi.from_buffer("uint8_t[]", namespace_id)
+        geometry = _ffi.from_buffer("uint8_t[]", geometry_id)
+        pieces = _ffi.from_buffer("uint32_t[]", piece_bytes)
+        options = _ffi.new(
+            "ucm_blockfile_options *",
+            {
+                "directory": path,
+                "namespace_id": name,
+                "geometry_id": geometry,
+                "piece_bytes": pieces,
+                "piece_count": len(piece_bytes),
+                "shard": shard,
+                "shards": shards,
+                "open_blocks": open_blocks,
+                "sync": int(sync),
+                "keep_quarantined": keep_quarantined,
+            },
+        )
+        out = _ffi.new("ucm_blockfile **")
+        _check(_lib.ucm_blockfile_open(options, pool.handle, out), f"opening {directory}")
+        self._handle = out[0]
+
+    def lookup(self, ids: BlockIds, *, prefix: bool) -> NDArray[np.bool_]:
+        """Return which blocks are visible; with ``prefix`` up to the first that is not."""
+        found = np.zeros(len(ids), np.bool_)
+        _lib.ucm_blockfile_lookup(
+            self._handle,
+            _ffi.from_buffer("uint8_t[]", ids),
+            len(ids),
+            int(prefix),
+            _ffi.from_buffer("uint8_t[]", found, require_writable=True),
+        )
+        return found
+
+    def transfer(self, operation: str, batch: Batch) -> NativeTransfer:
+        """Start a ``load`` or a ``dump``."""
+        function = _lib.ucm_blockfile_load if operation == "load" else _lib.ucm_blockfile_dump
+        out = _ffi.new("ucm_batch **")
+        rows = np.ascontiguousarray(batch.rows)
+        status = function(
+            self._handle,
+            _ffi.from_buffer("uint8_t[]", np.ascontiguousarray(batch.ids)),
+            len(batch.ids),
+            _ffi.from_buffer("ucm_row[]", rows),
+            len(rows),
+            out,
+        )
+        _check(status, f"submitting a {operation} of {len(batch.ids)} blocks")
+        return NativeTransfer(out[0], len(batch.ids))
+
+    def delete(self, ids: BlockIds) -> int:
+        """Remove this shard of the blocks; returns how many there were."""
+        removed = _ffi.new("uint32_t *")
+        pointer = _ffi.from_buffer("uint8_t[]", ids)
+        _check(_lib.ucm_blockfile_delete(self._handle, pointer, len(ids), removed), "deleting")
+        return int(removed[0])
+
+    def close(self) -> None:
+        """Free the handle; no transfer may be under way."""
+        _lib.ucm_blockfile_close(self._handle)
+        self._handle = None

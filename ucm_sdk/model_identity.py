@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: MIT
+"""The identity of a model's content, whatever its path.
+
+The digest covers ``config.json`` and every weight file by content.  Hashing is exact, since two
+fine-tunes of one model have files of the same names and sizes; its results are remembered per file
+by inode, size and times, so that only the first start pays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+from ucm_sdk.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_CHUNK_BYTES: Final = 1 << 22
+
+
+def default_cache_file() -> Path:
+    """Return the file that remembers the digests of this user's weight files."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "ucm-sdk" / "model-digests.json"
+
+
+def model_identity(directory: Path, *, cache_file: Path | None = None) -> str:
+    """Return the hex digest of the model in ``directory``.
+
+    Raises ``ConfigError`` when there is no config.json or no weight file.
+    """
+    config = directory / "config.json"
+    weights = _weight_files(directory)
+    if not config.is_file() or not weights:
+        missing = "config.json" if not config.is_file() else f"file of {', '.join(WEIGHT_SUFFIXES)}"
+        msg = (
+            f"{directory} has no {missing}, so its content cannot be identified; "
+            "set `model_identity` to a name of your own that changes with the weights"
+        )
+        raise ConfigError(msg)
+    memory = _Memory(cache_file or default_cache_file())
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        digests = list(pool.map(memory.digest, weights))
+    memory.save()
+    content = {
+        # Parsed, so that another indentation is not another model.
+        "config": json.loads(config.read_text()),
+        "weights": sorted(digests),
+    }
+    canonical = json.dumps(content, sort_keys=True)
+    return hashlib.blake2b(canonical.encode(), digest_size=32).hexdigest()
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    files = [path for path in sorted(directory.iterdir()) if path.suffix in WEIGHT_SUFFIXES]
+    # An engine loads safetensors where there are some; the same weights in an older form beside
+    # them do not change what runs.
+    preferred = [path for path in files if path.suffix == ".safetensors"]
+    return preferred or files
+
+
+def _hub_digest(path: Path) -> str | None:
+    """Return the SHA-256 that names a file in a hub's content-addressed cache."""
+    if path.is_symlink():
+        name = path.resolve().name
+        if path.resolve().parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", name):
+            return name
+    return None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class _Memory:
+    """Digests of files that were hashed before; losing it costs time only."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._known = self._read()
+        self._changed = False
+
+    def digest(self, path: Path) -> str:
+        if (named := _hub_digest(path)) is not None:
+            return named
+        stat = path.stat()
+        key = f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
+        if key not in self._known:
+            self._known[key] = _sha256(path)
+            self._changed = True
+        return self._known[key]
+
+    def save(self) -> None:
+        if not self._changed:
+            return
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            merged = {**self._read(), **self._known}
+            with tempfile.NamedTemporaryFile(
+                "w", dir=self._file.parent, prefix=self._file.name, delete=False
+            ) as file:
+                json.dump(merged, file)
+            Path(file.name).replace(self._file)
+        except OSError as error:
+            logger.warning("the digests of weight files cannot be remembered: %s", error)
+
+    def _read(self) -> dict[str, str]:
+        try:
+            known = json.loads(self._file.read_text())
+        except (OSError, ValueError):
+            return {}
+        return known if isinstance(known, dict) else {}

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Where blocks are kept: ``memory`` (the reference, read it first), ``file``, ``faulty``."""

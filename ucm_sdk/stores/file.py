@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: MIT
+"""Blocks as files on a local file system or a shared mount.
+
+::
+
+    directory/
+      ucm-store.json                        the format version
+      <namespace>/namespace.json            what the namespace stands for
+      <namespace>/<geometry>/geometry.json  how its blocks are cut and packed
+      <namespace>/<geometry>/<xx>/<id>.<shard>
+
+The transfer itself is in C, see native/include/ucm/blockfile.h; docs/reference/on-disk-format.md
+describes the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import pydantic
+
+from ucm_sdk._native import BlockFiles, Pool
+from ucm_sdk.config import Strict
+from ucm_sdk.errors import ConfigError, StoreError
+from ucm_sdk.store import KVStoreBase, StoreContext, Transfer
+from ucm_sdk.types import Batch, BlockIds, Capabilities, StoreStats
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION: Final = 1
+_MARKER: Final = "ucm-store.json"
+_ORPHAN_AGE_S: Final = 3600.0
+_PAGE_BYTES: Final = 4096
+
+
+def _default_threads() -> int:
+    return min(4, max(2, os.cpu_count() or 2))
+
+
+class FileOptions(Strict):
+    """Configuration of the file store."""
+
+    directory: Path
+    """Where the blocks lie; must exist, and be writable to save anything."""
+    durability: Literal["none", "each"] = "none"
+    """``each``: a block is on the medium before it is visible; ``none``: the system decides."""
+    io_engine: Literal["sync", "io_uring"] = "sync"
+    """``io_uring`` falls back to ``sync`` where the kernel refuses it."""
+    io_threads: int = pydantic.Field(default_factory=_default_threads, ge=1, le=256)
+    """Threads that transfer blocks."""
+    queue_blocks: int = pydantic.Field(default=65536, ge=1)
+    """Most blocks that wait for a thread; more are refused."""
+    open_blocks: int = pydantic.Field(default=256, ge=1)
+    """Most blocks of which only some pieces have been dumped."""
+    keep_quarantined: int = pydantic.Field(default=64, ge=0)
+    """Most corrupt files set aside by a process; further ones are removed."""
+
+
+class FileStore(KVStoreBase):
+    """One file per shard of a block, written aside and renamed into place."""
+
+    Options = FileOptions
+
+    def __init__(self, context: StoreContext, options: FileOptions) -> None:
+        """Open or make the directory of the context's namespace and geometry.
+
+        Raises ``ConfigError`` when the directory is missing, cannot be used or holds another
+        format version.  A read-only directory is accepted when it holds the namespace already:
+        then every dump fails, and loads work.
+        """
+        super().__init__(context)
+        self._options = options
+        self._directory = _prepare(options.directory, context)
+        self._open()
+        _remove_orphans(self._directory / "tmp")
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Persistent and shared; keeps what it has until somebody deletes it."""
+        return Capabilities(persistent=True, shared=True, evicts=False)
+
+    @property
+    def directory(self) -> Path:
+        """The directory of this namespace and geometry."""
+        return self._directory
+
+    def _open(self) -> None:
+        layout, options = self.context.layout, self._options
+        header_bytes = 160 + 8 * len(layout.piece_bytes)
+        pages = 2 * -(-header_bytes // _PAGE_BYTES) + -(-max(layout.piece_bytes) // _PAGE_BYTES)
+        self._pool = Pool(
+            threads=options.io_threads,
+            queue_blocks=options.queue_blocks,
+            engine=options.io_engine,
+            scratch_bytes=max(pages * _PAGE_BYTES, 1 << 20),
+        )
+        try:
+            self._files = BlockFiles(
+                self._directory,
+                self._pool,
+                namespace_id=self.context.namespace.digest(),
+                geometry_id=layout.digest(),
+                piece_bytes=layout.piece_lengths,
+                shard=self.context.shard,
+                shards=layout.shards,
+                open_blocks=options.open_blocks,
+                sync=options.durability == "each",
+                keep_quarantined=options.keep_quarantined,
+            )
+        except StoreError as error:
+            self._pool.close(1.0)
+            msg = f"store.directory={options.directory}: {error}"
+            raise ConfigError(msg) from error
+
+    def _after_fork(self) -> None:
+        # The parent's threads do not exist here; its handles are left alone.
+        self._open()
+
+    def _lookup(self, ids: BlockIds) -> NDArray[np.bool_]:
+        return self._files.lookup(ids, prefix=False)
+
+    def _lookup_prefix(self, ids: BlockIds, lease_s: float) -> int:
+        del lease_s  # nothing is evicted
+        return int(self._files.lookup(ids, prefix=True).sum())
+
+    def _load(self, batch: Batch) -> Transfer:
+        return self._files.transfer("load", batch)
+
+    def _dump(self, batch: Batch) -> Transfer:
+        return self._files.transfer("dump", batch)
+
+    def _delete(self, ids: BlockIds) -> int:
+        return self._files.delete(ids)
+
+    def _stats(self) -> StoreStats:
+        blocks = stored_bytes = 0
+        suffix = f".{self.context.shard}"
+        for folder in os.scandir(self._directory):
+            if len(folder.name) != 2 or not folder.is_dir():  # noqa: PLR2004
+                continue
+            for entry in os.scandir(folder):
+                with contextlib.suppress(FileNotFoundError):
+                    stored_bytes += entry.stat().st_size
+                    blocks += entry.name.endswith(suffix)
+        return StoreStats(blocks, stored_bytes, None, self._pool.queued)
+
+    def _close(self, timeout_s: float) -> None:
+        for task in list(self._tasks):
+            if not task.done():
+                with contextlib.suppress(StoreError):
+                    task.wait(timeout_s)
+                task.cancel()
+        if self._pool.close(1.0):
+            self._files.close()
+        else:
+            logger.warning("an I/O thread is stuck in %s and is left behind", self._directory)
+
+
+NFSStore = FileStore
+"""The same store by the name that says where it is mostly used: on a network mount."""
+
+
+def _prepare(root: Path, context: StoreContext) -> Path:
+    """Check the root and make the directories of the namespace and geometry."""
+    where = f"store.directory={root}"
+    if not root.is_absolute():
+        msg = f"{where}: must be an absolute path"
+        raise ConfigError(msg)
+    if not root.is_dir():
+        msg = f"{where}: is not a directory; create it, owned by the engine's user"
+        raise ConfigError(msg)
+    layout, namespace = context.layout, context.namespace
+    directory = root / namespace.digest().hex() / layout.digest().hex()
+    try:
+        _check_version(root)
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _describe(directory.parent / "namespace.json", namespace.describe())
+        _describe(directory / "geometry.json", json.loads(layout.canonical()))
+        for name in ("tmp", "quarantine"):
+            (directory / name).mkdir(exist_ok=True, mode=0o700)
+    except OSError as error:
+        if directory.is_dir() and (directory / "tmp").is_dir():
+            logger.warning("%s: cannot be written (%s); blocks are only loaded", where, error)
+            return directory
+        msg = f"{where}: cannot be used: {error.strerror}; check its owner, mode and mount"
+        raise ConfigError(msg) from error
+    return directory
+
+
+def _check_version(root: Path) -> None:
+    marker = root / _MARKER
+    if not marker.exists():
+        _describe(marker, {"format_version": FORMAT_VERSION})
+    try:
+        version = json.loads(marker.read_text())["format_version"]
+    except (ValueError, KeyError, TypeError):
+        version = "unreadable"
+    if version != FORMAT_VERSION:
+        msg = (
+            f"store.directory={root}: {_MARKER} says format version {version}, this version of "
+            f"ucm-sdk reads {FORMAT_VERSION}; use another directory"
+        )
+        raise ConfigError(msg)
+
+
+def _describe(path: Path, content: dict[str, Any]) -> None:
+    """Write a small file once; whole or not at all, whoever else does the same."""
+    if path.exists():
+        return
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
+        json.dump(content, file, indent=1, sort_keys=True)
+    Path(file.name).replace(path)
+
+
+def _remove_orphans(directory: Path) -> None:
+    """Remove what killed writers left; a living one keeps its files younger than this."""
+    oldest = time.time() - _ORPHAN_AGE_S
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(directory):
+            with contextlib.suppress(OSError):
+                if entry.stat().st_mtime < oldest:
+                    os.unlink(entry.path)
