@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: MIT
+"""The class that vLLM instantiates, once in its scheduler and once in each worker."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
+from vllm.forward_context import ForwardContext
+from vllm.v1.attention.backend import AttentionMetadata
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import KVConnectorOutput
+from vllm.v1.request import Request
+
+from ucm_sdk.connector import StepPlan, WorkerReport, load_config
+from ucm_vllm import compat
+from ucm_vllm.metrics import UcmPromMetrics, UcmStats
+from ucm_vllm.scheduler import VllmScheduler
+from ucm_vllm.worker import VllmWorker
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class UcmMetadata(KVConnectorMetadata):
+    """A step's plan on its way to the workers."""
+
+    plan: StepPlan
+
+
+@dataclass
+class UcmWorkerMetadata(KVConnectorWorkerMetadata):
+    """A worker's report on its way to the scheduler."""
+
+    report: WorkerReport = field(default_factory=WorkerReport)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> UcmWorkerMetadata:
+        """Return the sum of both ranks' reports."""
+        if isinstance(other, UcmWorkerMetadata):
+            self.report.add(other.report)
+        return self
+
+
+class UcmConnector(KVConnectorBase_V1):
+    """Prefix caching in a store that outlives the engine."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        role: KVConnectorRole,
+        kv_cache_config: KVCacheConfig,
+    ) -> None:
+        """Check everything that can be checked, and open the store for this role."""
+        super().__init__(vllm_config, role, kv_cache_config)
+        transfer_config = vllm_config.kv_transfer_config
+        ucm = load_config(transfer_config.kv_connector_extra_config)
+        # vLLM's default fails a request whose load failed; the scheduler reads this afterwards.
+        transfer_config.kv_load_failure_policy = ucm.load_failure
+        if (warning := compat.check_version()) is not None:
+            logger.warning(warning)
+        self._scheduler: VllmScheduler | None = None
+        self._worker: VllmWorker | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            self._scheduler = VllmScheduler(vllm_config, kv_cache_config, ucm)
+        else:
+            self._worker = VllmWorker(vllm_config, kv_cache_config, ucm)
+
+    # Scheduler side.
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A lost save is a later miss, so a preempted request need not be recomputed for it."""
+        return False
+
+    def on_new_request(self, request: Request) -> None:
+        """Look up a request's prefix as soon as it arrives."""
+        self._at_scheduler.new_request(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        """Return the tokens that the store can give beyond vLLM's own prefix cache."""
+        return self._at_scheduler.matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        """Plan the load into the allocated blocks."""
+        self._at_scheduler.allocated(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        """Return what the workers do in this step."""
+        return UcmMetadata(self._at_scheduler.plan_step(scheduler_output))
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """Take the workers' report."""
+        meta = connector_output.kv_connector_worker_meta
+        if isinstance(meta, UcmWorkerMetadata):
+            self._at_scheduler.update(meta.report)
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Forget the request.
+
+        Its blocks may be freed at once: a step that reuses one waits for its save first.
+        """
+        del block_ids
+        self._at_scheduler.finished(request)
+        return False, None
+
+    def has_pending_push_work(self) -> bool:
+        """Keep the engine stepping until every save has been reported."""
+        return self._scheduler is not None and self._scheduler.saving
+
+    # Worker side.
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Take the engine's KV memory."""
+        self._at_worker.register(kv_caches)
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """End the saves of memory that this step overwrites; vLLM's first call of a step."""
+        self._at_worker.begin_step(_plan(kv_connector_metadata))
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:  # noqa: ANN401
+        """Start the step's loads."""
+        del forward_context, kwargs
+        self._at_worker.start_loads(self._step_plan)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Wait for the loads of one layer."""
+        self._at_worker.wait_layer(layer_name)
+
+    def save_kv_layer(
+        self,
+        layer_name: str,
+        kv_layer: torch.Tensor,
+        attn_metadata: AttentionMetadata,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Save one layer, where saving is layer-wise."""
+        del kv_layer, attn_metadata, kwargs
+        self._at_worker.save_layer(self._step_plan, layer_name)
+
+    def wait_for_save(self) -> None:
+        """Start to save what the step completed; nothing is waited for."""
+        self._at_worker.save_step(self._step_plan)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Return the requests whose asynchronous loads have ended."""
+        del finished_req_ids
+        return None, self._at_worker.end_step(self._step_plan) or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Return the blocks that vLLM must compute after all."""
+        return self._at_worker.take_failed_blocks()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        """Return this step's report."""
+        report = self._at_worker.take_report()
+        return UcmWorkerMetadata(report) if report else None
+
+    # Both sides.
+
+    def get_kv_connector_stats(self) -> UcmStats | None:
+        """Return the metrics since the last call."""
+        side = self._scheduler or self._worker
+        increments = side.take_increments() if side is not None else None
+        return UcmStats.of(increments) if increments else None
+
+    def shutdown(self) -> None:
+        """Finish the saves and close the store."""
+        side = self._scheduler or self._worker
+        if side is not None:
+            side.close()
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> UcmStats | None:
+        """Rebuild metrics that were sent as plain values."""
+        return UcmStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type, type],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> UcmPromMetrics:
+        """Register the SDK's metrics in the front end."""
+        return UcmPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    @property
+    def _at_scheduler(self) -> VllmScheduler:
+        assert self._scheduler is not None, "a scheduler hook was called on a worker"
+        return self._scheduler
+
+    @property
+    def _at_worker(self) -> VllmWorker:
+        assert self._worker is not None, "a worker hook was called on the scheduler"
+        return self._worker
+
+    @property
+    def _step_plan(self) -> StepPlan:
+        return _plan(self._get_connector_metadata())
+
+
+def _plan(metadata: KVConnectorMetadata) -> StepPlan:
+    return metadata.plan if isinstance(metadata, UcmMetadata) else StepPlan()
+
+
+class KVStoreConnector(UcmConnector):
+    """The same connector under the name that earlier configurations use."""

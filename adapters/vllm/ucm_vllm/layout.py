@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: MIT
+"""From vLLM's configuration to the SDK's namespace, layout and memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAttentionSpec
+
+from ucm_sdk import KVLayout, Namespace
+from ucm_sdk.connector import KVMemory, UcmConfig
+from ucm_sdk.errors import ConfigError
+from ucm_sdk.model_identity import model_identity
+from ucm_vllm import compat
+
+
+def _refuse(what: str) -> ConfigError:
+    return ConfigError(f"{what}: start vLLM without kv_connector=UcmConnector")
+
+
+def check_supported(config: VllmConfig, kv_config: KVCacheConfig) -> FullAttentionSpec:
+    """Return the KV spec of a model that this adapter serves; raises ``ConfigError`` for others."""
+    compat.check_device()
+    parallel = config.parallel_config
+    for name in (
+        "pipeline_parallel_size",
+        "decode_context_parallel_size",
+        "prefill_context_parallel_size",
+    ):
+        if getattr(parallel, name, 1) > 1:
+            raise _refuse(f"ucm_vllm does not serve {name}={getattr(parallel, name)} yet")
+    groups = kv_config.kv_cache_groups
+    if len(groups) != 1:
+        kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
+        raise _refuse(
+            f"ucm_vllm serves models with one kind of KV cache; this one has {len(groups)} groups "
+            f"({', '.join(kinds)})"
+        )
+    spec = groups[0].kv_cache_spec
+    if type(spec) not in {FullAttentionSpec, MLAAttentionSpec} or spec.non_causal:
+        raise _refuse(f"ucm_vllm serves causal full attention, not {type(spec).__name__}")
+    for name in ("sliding_window", "attention_chunk_size"):
+        if getattr(spec, name) is not None:
+            raise _refuse(f"ucm_vllm serves full attention, not {name}={getattr(spec, name)}")
+    return spec
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the element type's name without the library's, as every engine writes it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def make_layout(config: VllmConfig, kv_config: KVCacheConfig) -> KVLayout:
+    """Return how this engine cuts and packs blocks; the same in all of its processes."""
+    spec = check_supported(config, kv_config)
+    layers = len(kv_config.kv_cache_groups[0].layer_names)
+    packing = compat.packing(
+        config,
+        dtype=config.model_config.dtype,
+        block_tokens=spec.block_size,
+        head_size=spec.head_size,
+    )
+    return KVLayout(
+        block_tokens=spec.block_size,
+        piece_bytes=(spec.page_size_bytes,) * layers,
+        kv_heads=spec.num_kv_heads,
+        head_size=spec.head_size,
+        dtype=dtype_name(spec.dtype),
+        packing=packing,
+        shards=config.parallel_config.tensor_parallel_size,
+    )
+
+
+def _model_directory(config: VllmConfig) -> Path:
+    model = config.model_config
+    if Path(model.model).is_dir():
+        return Path(model.model)
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 - comes with vLLM
+
+    found = try_to_load_from_cache(model.model, "config.json", revision=model.revision)
+    if isinstance(found, str):
+        return Path(found).parent
+    msg = (
+        f"the files of model {model.model!r} are not in the local cache, so its content cannot be "
+        "identified; set `model_identity` to a name of your own that changes with the weights"
+    )
+    raise ConfigError(msg)
+
+
+def _rope(hf_config: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return the RoPE parameters in force, overrides included."""
+    names = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+    return {
+        name: value for name in names if (value := getattr(hf_config, name, None)) is not None
+    }
+
+
+def make_namespace(config: VllmConfig, kv_config: KVCacheConfig, ucm: UcmConfig) -> Namespace:
+    """Return the identity of what this engine computes; the same in all of its processes."""
+    spec = check_supported(config, kv_config)
+    model = config.model_config
+    extra: dict[str, Any] = {}
+    if config.load_config.load_format == "dummy":
+        extra["random_weights_seed"] = model.seed
+    if config.speculative_config is not None:
+        # A draft model's layers may lie beside the model's.
+        extra["speculative"] = [
+            str(config.speculative_config.method),
+            str(config.speculative_config.model),
+        ]
+    return Namespace(
+        model=ucm.model_identity or model_identity(_model_directory(config)),
+        compute_dtype=dtype_name(model.dtype),
+        kv_dtype=dtype_name(spec.dtype),
+        attention="mla" if isinstance(spec, MLAAttentionSpec) else "full",
+        quantization=str(model.quantization or "none"),
+        rope=_rope(model.hf_text_config),
+        extra=extra,
+        salt=ucm.salt,
+    )
+
+
+def make_memory(
+    kv_config: KVCacheConfig, layout: KVLayout, caches: dict[str, torch.Tensor]
+) -> KVMemory:
+    """Return where the engine's pages lie, in the layout's order of layers."""
+    bases, strides = [], []
+    for name, size in zip(
+        kv_config.kv_cache_groups[0].layer_names, layout.piece_bytes, strict=True
+    ):
+        cache = caches[name]
+        # A kernel may see a block as several smaller ones.
+        parts, rest = divmod(cache.shape[0], kv_config.num_blocks)
+        page_bytes = cache[0].numel() * cache.element_size() * parts
+        stride = cache.stride(0) * cache.element_size() * parts
+        whole = cache[0].is_contiguous() and (parts == 1 or cache.is_contiguous())
+        if rest or page_bytes != size or not whole or cache.device.type != "cpu":
+            raise _refuse(
+                f"KV of layer {name} has shape {tuple(cache.shape)} and strides {cache.stride()} "
+                f"on {cache.device}, which is not {kv_config.num_blocks} pages of {size} bytes"
+            )
+        bases.append(cache.data_ptr())
+        strides.append(stride)
+    return KVMemory(
+        np.array(bases, np.uint64), np.array(strides, np.uint64), owners=list(caches.values())
+    )

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""vLLM's worker-side hooks in terms of the SDK's ``WorkerSide``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+from ucm_sdk import StoreContext, open_store
+from ucm_sdk.connector import StepPlan, StepResult, WorkerReport, WorkerSide
+from ucm_sdk.errors import ConfigError
+from ucm_sdk.telemetry import Increments, Recorder
+from ucm_vllm.layout import make_layout, make_memory, make_namespace
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from ucm_sdk.connector import UcmConfig
+
+
+class VllmWorker:
+    """Runs one step's transfers on the worker's own KV memory."""
+
+    def __init__(self, config: VllmConfig, kv_config: KVCacheConfig, ucm: UcmConfig) -> None:
+        """Open the store for this rank's shard."""
+        self._kv_config = kv_config
+        self._options = ucm.connector
+        self._context = StoreContext(
+            namespace=make_namespace(config, kv_config, ucm),
+            layout=make_layout(config, kv_config),
+            shard=get_tensor_model_parallel_rank(),
+            recorder=Recorder(),
+        )
+        self._store = open_store(ucm.store, self._context)
+        self._layers = {
+            name: index for index, name in enumerate(kv_config.kv_cache_groups[0].layer_names)
+        }
+        self._registered: WorkerSide | None = None
+        self._result = StepResult()
+
+    def register(self, caches: dict[str, torch.Tensor]) -> None:
+        """Take the KV memory that vLLM has allocated."""
+        memory = make_memory(self._kv_config, self._context.layout, caches)
+        self._registered = WorkerSide(self._store, self._options, memory)
+
+    @property
+    def _side(self) -> WorkerSide:
+        if self._registered is None:
+            msg = "vLLM started a step before register_kv_caches"
+            raise ConfigError(msg)
+        return self._registered
+
+    def begin_step(self, plan: StepPlan) -> None:
+        """End saves whose memory this step overwrites."""
+        self._side.begin_step(plan)
+
+    def start_loads(self, plan: StepPlan) -> None:
+        """Start the step's loads."""
+        self._side.start_loads(plan)
+
+    def wait_layer(self, layer_name: str) -> None:
+        """Wait for the loads of one layer."""
+        self._side.wait_layer(self._layers[layer_name])
+
+    def save_layer(self, plan: StepPlan, layer_name: str) -> None:
+        """Save one layer, where saving is layer-wise."""
+        self._side.save_layer(plan, self._layers[layer_name])
+
+    def save_step(self, plan: StepPlan) -> None:
+        """Save the blocks that the step completed."""
+        self._side.save_step(plan)
+
+    def end_step(self, plan: StepPlan) -> set[str]:
+        """Return the requests whose loads have ended; the rest is kept to be taken."""
+        self._result = self._side.end_step(plan)
+        return self._result.loaded
+
+    def take_failed_blocks(self) -> set[int]:
+        """Return the blocks of this step that were not filled."""
+        return self._result.failed_blocks
+
+    def take_report(self) -> WorkerReport:
+        """Return this step's report."""
+        return self._result.report
+
+    def take_increments(self) -> Increments:
+        """Return the metrics since the last call."""
+        return self._context.recorder.drain()
+
+    def close(self) -> None:
+        """Finish the saves and close the store."""
+        if self._registered is not None:
+            self._registered.close()
+        else:
+            self._store.close()

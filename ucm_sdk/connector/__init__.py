@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: MIT
+"""The engine-neutral half of every adapter.
+
+The scheduler side decides what to match, load and save, from plain values to plain values; the
+worker side carries out the transfers of one step.  An adapter only translates types.
+"""
+
+from __future__ import annotations
+
+from ucm_sdk.connector.options import ConnectorOptions, UcmConfig, load_config
+from ucm_sdk.connector.plans import (
+    LoadPlan,
+    SavePlan,
+    ScheduledRequest,
+    StepPlan,
+    StepResult,
+    WorkerReport,
+)
+from ucm_sdk.connector.scheduler import SchedulerSide
+from ucm_sdk.connector.worker import KVMemory, WorkerSide
+
+__all__ = [
+    "ConnectorOptions",
+    "KVMemory",
+    "LoadPlan",
+    "SavePlan",
+    "ScheduledRequest",
+    "SchedulerSide",
+    "StepPlan",
+    "StepResult",
+    "UcmConfig",
+    "WorkerReport",
+    "WorkerSide",
+    "load_config",
+]

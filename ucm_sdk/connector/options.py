@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: MIT
+"""What an operator configures, the same for every engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import pydantic
+
+from ucm_sdk import config
+from ucm_sdk.store import check_store_options
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class ConnectorOptions(config.Strict):
+    """How an engine uses the store."""
+
+    load_mode: Literal["async", "layerwise"] = "async"
+    """``async``: a request waits for its blocks while others run; ``layerwise``: its first step
+    runs at once and each layer waits for its own blocks."""
+    save_mode: Literal["step", "layerwise"] = "step"
+    """``step``: a block is saved when its last layer is done; ``layerwise``: layer by layer."""
+    min_hit_tokens: int = pydantic.Field(default=1, ge=1)
+    """Hits of fewer tokens are not claimed."""
+    lookup_timeout_s: float = pydantic.Field(default=1.0, gt=0)
+    """A lookup that takes longer is a miss and opens the breaker."""
+    load_timeout_s: float = pydantic.Field(default=10.0, gt=0)
+    """A load that takes longer is given up; its tokens are computed."""
+    save_timeout_s: float = pydantic.Field(default=30.0, gt=0)
+    """A save that takes longer is given up; its blocks stay unknown."""
+    reuse_timeout_s: float = pydantic.Field(default=1.0, ge=0)
+    """How long a step waits for a save whose memory the engine reuses, before it is given up."""
+    lease_s: float = pydantic.Field(default=30.0, ge=0)
+    """How long found blocks are kept from eviction until they are loaded."""
+    retry_after_s: float = pydantic.Field(default=30.0, ge=0)
+    """How long the store is left alone after it hung; then one request tries it again."""
+
+
+class UcmConfig(config.Strict):
+    """Everything that an adapter reads."""
+
+    store: dict[str, Any]
+    """The store: ``kind`` and that kind's options."""
+    connector: ConnectorOptions = ConnectorOptions()
+    """How the engine uses it."""
+    salt: str = pydantic.Field(default="", repr=False)
+    """Separates tenants: blocks saved under one salt are never found under another."""
+    model_identity: str | None = None
+    """Stands for the model's content where its files cannot be read; change it with the weights."""
+    load_failure: Literal["recompute", "fail"] = "recompute"
+    """What the engine does with a request whose load failed."""
+
+
+def load_config(
+    inline: Mapping[str, Any] | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
+) -> UcmConfig:
+    """Return the merged and checked configuration; raises ``ConfigError`` with key and reason."""
+    checked = config.parse(UcmConfig, config.load(inline, environment=environment), where="")
+    check_store_options(checked.store)
+    return checked

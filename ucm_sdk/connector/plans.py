@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: MIT
+"""What the two sides of a connector tell each other; plain values that any transport carries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """What a request does in the step that is being planned."""
+
+    id: str
+    tokens: Sequence[int]
+    """All tokens that are known, prompt and output."""
+    computed_tokens: int
+    """Tokens whose KV is there before the step, loaded ones included."""
+    scheduled_tokens: int
+    """Tokens whose KV the step computes, drafts included."""
+    blocks: Sequence[int]
+    """The engine's block numbers, in the order of the tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """Blocks of one request that come from the store."""
+
+    request: str
+    ids: tuple[bytes, ...]
+    blocks: tuple[int, ...]
+    """The engine's blocks that they go to."""
+
+
+@dataclass(frozen=True, slots=True)
+class SavePlan:
+    """Blocks of one request that the step completes."""
+
+    serial: int
+    ids: tuple[bytes, ...]
+    blocks: tuple[int, ...]
+    """The engine's blocks that they come from."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Everything that a worker does for one step."""
+
+    loads: tuple[LoadPlan, ...] = ()
+    saves: tuple[SavePlan, ...] = ()
+    reused: tuple[int, ...] = ()
+    """Serials of saves whose memory the step overwrites: they end first."""
+    idle: bool = False
+    """The step computes nothing, so there is time to wait for transfers."""
+
+
+@dataclass(slots=True)
+class WorkerReport:
+    """What a worker tells the scheduler side after a step; adds up over ranks."""
+
+    ended_saves: dict[int, int] = field(default_factory=dict)
+    """Number of ranks on which a save has ended, well or not, by serial."""
+    transfers_ok: int = 0
+    """Loads and saves of which every block went well."""
+    loads_failed: int = 0
+    """Loads with a missing, corrupt or unreadable block."""
+    timeouts: int = 0
+    """Loads and saves that were given up for their time."""
+    failed_requests: dict[str, int] = field(default_factory=dict)
+    """Blocks that failed to load, by request."""
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to tell."""
+        return bool(
+            self.ended_saves
+            or self.transfers_ok
+            or self.loads_failed
+            or self.timeouts
+            or self.failed_requests
+        )
+
+    def add(self, other: WorkerReport) -> None:
+        """Add another rank's report, or a later one."""
+        for serial, ranks in other.ended_saves.items():
+            self.ended_saves[serial] = self.ended_saves.get(serial, 0) + ranks
+        self.transfers_ok += other.transfers_ok
+        self.loads_failed += other.loads_failed
+        self.timeouts += other.timeouts
+        for request, blocks in other.failed_requests.items():
+            self.failed_requests[request] = max(self.failed_requests.get(request, 0), blocks)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a worker tells its engine after a step."""
+
+    loaded: set[str] = field(default_factory=set)
+    """Requests whose asynchronous load has ended, well or not."""
+    failed_blocks: set[int] = field(default_factory=set)
+    """The engine's blocks that were not filled and must be computed."""
+    report: WorkerReport = field(default_factory=WorkerReport)

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: MIT
+"""The scheduler side: what to match, load and save.
+
+An engine calls ``match`` when it tries to schedule a waiting request, ``allocated`` when it has
+given the request memory, ``plan_step`` once a step, ``update`` with the workers' reports and
+``finished`` when a request ends.  Nothing here blocks on the store for longer than a few
+milliseconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from ucm_sdk import telemetry
+from ucm_sdk.connector.availability import Breaker, LookupThread, Operation, PendingLookup
+from ucm_sdk.connector.plans import (
+    LoadPlan,
+    SavePlan,
+    ScheduledRequest,
+    StepPlan,
+    WorkerReport,
+)
+from ucm_sdk.hashing import BlockChain
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from ucm_sdk.connector.options import ConnectorOptions
+    from ucm_sdk.store import KVStoreBase
+
+logger = logging.getLogger(__name__)
+
+_MATCH_WAIT_S: Final = 0.005
+"""How long one call of ``match`` waits for a lookup: most end in a fraction of it."""
+_OUTDATED_S: Final = 1.0
+"""A lookup is made again when it is older than this and than half its lease."""
+
+
+@dataclass(slots=True)
+class _Request:
+    chain: BlockChain
+    extras: Mapping[int, bytes]
+    loads: bool = True
+    """False once a load has failed: what failed once is computed."""
+    lookup: PendingLookup | None = None
+    counted: bool = False
+    matched_from: int = 0
+    """Tokens that the engine had itself at the last match."""
+    saved_blocks: int = 0
+    """Blocks from the first on that are in the store or on their way."""
+
+
+@dataclass(slots=True)
+class _Save:
+    blocks: tuple[int, ...]
+    ranks_left: int
+
+
+@dataclass(slots=True)
+class _Planned:
+    loads: list[LoadPlan] = field(default_factory=list)
+    written: set[int] = field(default_factory=set)
+
+
+class SchedulerSide:
+    """The decisions of one engine; not thread-safe, like an engine's scheduler."""
+
+    def __init__(
+        self,
+        store: KVStoreBase,
+        options: ConnectorOptions,
+        *,
+        ranks: int = 1,
+        loads: bool = True,
+        saves: bool = True,
+    ) -> None:
+        """Serve ``ranks`` workers; ``loads`` and ``saves`` say what the engine's role allows."""
+        self._store = store
+        self._options = options
+        self._ranks = ranks
+        self._loads = loads
+        self._saves = saves
+        self._namespace = store.context.namespace.digest()
+        self._block_tokens = store.context.layout.block_tokens
+        self._recorder = store.context.recorder
+        self._lookups = LookupThread(store, lease_s=options.lease_s)
+        self._breaker = Breaker(options.retry_after_s)
+        self._requests: dict[str, _Request] = {}
+        self._next = _Planned()
+        self._serial = 0
+        self._saving: dict[int, _Save] = {}
+        self._saving_blocks: dict[int, int] = {}
+        self._recorder.set(telemetry.STORE_AVAILABLE, 1)
+
+    @property
+    def saving(self) -> bool:
+        """Whether saves are under way that no worker has reported as ended."""
+        return bool(self._saving)
+
+    def add(
+        self,
+        id: str,
+        tokens: Sequence[int],
+        *,
+        request_extra: bytes = b"",
+        extras: Mapping[int, bytes] | None = None,
+    ) -> None:
+        """Get to know a request; its lookup starts before the engine asks for it.
+
+        ``request_extra`` and ``extras`` are more identity, see ``BlockChain``.
+        """
+        if id in self._requests:
+            return
+        chain = BlockChain(self._namespace, self._block_tokens, request_extra=request_extra)
+        request = self._requests[id] = _Request(chain, extras or {})
+        self._look_up(request, tokens, 0)
+
+    def match(self, id: str, tokens: Sequence[int], computed_tokens: int) -> int | None:
+        """Return how many tokens after ``computed_tokens`` the store can give.
+
+        ``computed_tokens`` is what the engine has itself, a multiple of the block size.  At least
+        one token is left to compute.  ``None`` means that the lookup is still running: ask again
+        in the next step.  A request that was never added is not served.
+        """
+        request = self._requests.get(id)
+        if request is None or not self._loads or not request.loads:
+            return 0
+        lookup = request.lookup
+        if lookup is None or self._outdated(lookup, computed_tokens // self._block_tokens):
+            lookup = self._look_up(request, tokens, computed_tokens // self._block_tokens)
+            if lookup is None:
+                self._count(request, "skipped")
+                return 0
+        if not lookup.wait(_MATCH_WAIT_S):
+            if time.monotonic() - lookup.started < self._options.lookup_timeout_s:
+                return None
+            request.loads = False
+            self._count(request, "skipped")
+            self._recorder.count(telemetry.TIMEOUTS, labels=("lookup",))
+            self._open_breaker("lookup")
+            return 0
+        return self._claim(request, lookup, tokens, computed_tokens)
+
+    def allocated(self, id: str, blocks: Sequence[int], external_tokens: int) -> None:
+        """Take the memory that the engine gave for ``external_tokens`` matched tokens.
+
+        ``blocks`` are all of the request's blocks.  0 tokens mean that nothing is to be loaded.
+        """
+        request = self._requests.get(id)
+        if request is None:
+            return
+        request.lookup = None  # a request that comes back, after a preemption, asks anew
+        if external_tokens == 0:
+            return
+        first = request.matched_from // self._block_tokens
+        end = (request.matched_from + external_tokens) // self._block_tokens
+        plan = LoadPlan(id, tuple(request.chain.ids[first:end]), tuple(blocks[first:end]))
+        request.saved_blocks = max(request.saved_blocks, end)
+        self._next.loads.append(plan)
+        self._next.written.update(plan.blocks)
+        self._recorder.count(telemetry.HIT_TOKENS, external_tokens)
+
+    def plan_step(self, scheduled: Iterable[ScheduledRequest]) -> StepPlan:
+        """Return what the workers do in this step."""
+        planned, self._next = self._next, _Planned()
+        saves = []
+        idle = True
+        for step in scheduled:
+            idle = False
+            size = self._block_tokens
+            first = step.computed_tokens // size
+            end = -(-(step.computed_tokens + step.scheduled_tokens) // size)
+            planned.written.update(step.blocks[first:end])
+            save = self._plan_save(step)
+            if save is not None:
+                saves.append(save)
+        # Before the new saves are noted: their blocks are complete after this step only.
+        reused = {
+            self._saving_blocks[block]
+            for block in planned.written & self._saving_blocks.keys()
+        }
+        for save in saves:
+            self._saving[save.serial] = _Save(save.blocks, self._ranks)
+            self._saving_blocks.update(dict.fromkeys(save.blocks, save.serial))
+        return StepPlan(tuple(planned.loads), tuple(saves), tuple(sorted(reused)), idle)
+
+    def update(self, report: WorkerReport) -> None:
+        """Take what the workers report."""
+        for serial, ranks in report.ended_saves.items():
+            self._ended_save(serial, ranks)
+        if report.timeouts:
+            self._open_breaker("transfer")
+        elif report.loads_failed:
+            self._breaker.failed("transfer")
+        elif report.transfers_ok:
+            self._breaker.succeeded("transfer")
+        self._recorder.set(telemetry.STORE_AVAILABLE, int(self._breaker.closed))
+        for id, blocks in report.failed_requests.items():
+            self._recorder.count(telemetry.FAILED_LOAD_TOKENS, blocks * self._block_tokens)
+            if (request := self._requests.get(id)) is not None:
+                request.loads = False
+                request.saved_blocks = 0  # what is computed instead is saved; the rest is there
+
+    def finished(self, id: str) -> None:
+        """Forget a request; its saves go on."""
+        self._requests.pop(id, None)
+
+    def close(self) -> None:
+        """End the lookup thread and close the store."""
+        if self._lookups.close(1.0):
+            self._store.close()
+
+    def _look_up(
+        self, request: _Request, tokens: Sequence[int], first: int
+    ) -> PendingLookup | None:
+        """Start the lookup of the blocks from ``first`` on; None when there is nothing to ask."""
+        request.chain.extend(tokens, request.extras)
+        # One token at least is computed, since its output is wanted.
+        usable = (len(tokens) - 1) // self._block_tokens
+        request.lookup = None
+        if self._loads and usable > first and self._breaker.allows():
+            request.lookup = self._lookups.submit(request.chain.ids[first:usable], first)
+        return request.lookup
+
+    def _outdated(self, lookup: PendingLookup, first: int) -> bool:
+        """Whether a lookup says nothing, or nothing any more, about blocks from ``first`` on."""
+        if lookup.first > first:
+            return True
+        if not lookup.wait(0.0):
+            return False
+        gap = lookup.first < first and lookup.end_block < first
+        age_s = time.monotonic() - lookup.started
+        return gap or age_s > max(_OUTDATED_S, self._options.lease_s / 2)
+
+    def _claim(
+        self, request: _Request, lookup: PendingLookup, tokens: Sequence[int], computed: int
+    ) -> int:
+        size = self._block_tokens
+        if lookup.blocks is None:
+            self._breaker.failed("lookup")
+        else:
+            self._breaker.succeeded("lookup")
+        stored = min(lookup.end_block, (len(tokens) - 1) // size) * size
+        hit = max(0, stored - computed)
+        if hit < self._options.min_hit_tokens:
+            hit = 0
+        request.matched_from = computed
+        request.saved_blocks = max(request.saved_blocks, (computed + hit) // size)
+        if not request.counted:
+            self._recorder.observe(telemetry.LOOKUP_SECONDS, lookup.elapsed_s)
+        self._count(request, "hit" if hit else "miss")
+        return hit
+
+    def _count(self, request: _Request, result: str) -> None:
+        if not request.counted:
+            request.counted = True
+            self._recorder.count(telemetry.REQUESTS, labels=(result,))
+
+    def _open_breaker(self, operation: Operation) -> None:
+        if self._breaker.closed:
+            wait_s = self._options.retry_after_s
+            logger.warning("a %s hung: the store is left alone for %g s", operation, wait_s)
+        self._breaker.timed_out(operation)
+        self._recorder.set(telemetry.STORE_AVAILABLE, 0)
+
+    def _plan_save(self, step: ScheduledRequest) -> SavePlan | None:
+        request = self._requests.get(step.id)
+        if request is None or not self._saves:
+            return None
+        size = self._block_tokens
+        # Only tokens that are known have an id; a draft may still be rejected.
+        full = min(step.computed_tokens + step.scheduled_tokens, len(step.tokens)) // size
+        # Fewer computed tokens than before mean that the engine computes some again.
+        first = min(request.saved_blocks, step.computed_tokens // size)
+        request.saved_blocks = max(first, full)
+        if full <= first:
+            return None
+        if not self._breaker.allows():
+            self._recorder.count(
+                telemetry.DROPPED_SAVES, full - first, labels=("unavailable",)
+            )
+            return None
+        request.chain.extend(step.tokens, request.extras)
+        self._serial += 1
+        ids = tuple(request.chain.ids[first:full])
+        return SavePlan(self._serial, ids, tuple(step.blocks[first:full]))
+
+    def _ended_save(self, serial: int, ranks: int) -> None:
+        save = self._saving.get(serial)
+        if save is None:
+            return
+        save.ranks_left -= ranks
+        if save.ranks_left > 0:
+            return
+        del self._saving[serial]
+        for block in save.blocks:
+            if self._saving_blocks.get(block) == serial:
+                del self._saving_blocks[block]

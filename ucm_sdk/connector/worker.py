@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: MIT
+"""The worker side: the transfers of one step.
+
+An engine calls, in this order and once a step: ``begin_step`` before anything writes to KV memory,
+``start_loads``, for each layer ``wait_layer`` before and ``save_layer`` after its attention,
+``save_step`` after the last layer, and ``end_step``.
+
+Faults end in ``StepResult.failed_blocks``, in a counter and in the report, never in an exception.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from ucm_sdk import telemetry
+from ucm_sdk.connector.plans import LoadPlan, SavePlan, StepPlan, StepResult
+from ucm_sdk.errors import ArgumentError, Status, UcmError
+from ucm_sdk.types import Batch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from ucm_sdk.connector.options import ConnectorOptions
+    from ucm_sdk.store import KVStoreBase, Task
+
+logger = logging.getLogger(__name__)
+
+_IDLE_WAIT_S: Final = 0.001
+_LOG_EVERY_S: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class KVMemory:
+    """Where an engine keeps KV: piece ``p`` of block ``b`` lies at ``bases[p] + b * strides[p]``.
+
+    Addresses and strides in bytes; the memory must be the host's and outlive the worker side.
+    """
+
+    bases: NDArray[np.uint64]
+    strides: NDArray[np.uint64]
+    owners: object = None
+    """Whatever keeps the memory alive."""
+
+    def addresses(self, blocks: Sequence[int], pieces: slice) -> NDArray[np.uint64]:
+        """Return addresses of shape ``[blocks, pieces]``."""
+        numbers = np.asarray(blocks, np.uint64)[:, None]
+        return self.bases[None, pieces] + numbers * self.strides[None, pieces]
+
+
+@dataclass(slots=True)
+class _Load:
+    plan: LoadPlan
+    task: Task
+    deadline: float
+
+
+@dataclass(slots=True)
+class _LayerLoads:
+    """The loads of one step that the step's own layers wait for."""
+
+    plans: tuple[LoadPlan, ...]
+    tasks: list[Task]
+    deadline: float
+
+
+@dataclass(slots=True)
+class _Save:
+    tasks: list[Task]
+    blocks: int
+    deadline: float
+
+
+class WorkerSide:
+    """The transfers of one rank; not thread-safe, like an engine's worker."""
+
+    def __init__(self, store: KVStoreBase, options: ConnectorOptions, memory: KVMemory) -> None:
+        """Transfer between ``store`` and ``memory``, which has the store's layout."""
+        layout = store.context.layout
+        if len(memory.bases) != len(layout.piece_bytes):
+            msg = f"{len(memory.bases)} pieces of memory for {len(layout.piece_bytes)} of the layout"
+            raise ArgumentError(msg)
+        self._store = store
+        self._options = options
+        self._memory = memory
+        self._offsets = layout.piece_offsets
+        self._lengths = layout.piece_lengths
+        self._recorder = store.context.recorder
+        self._loads: list[_Load] = []
+        self._layer_loads: _LayerLoads | None = None
+        self._saves: dict[int, _Save] = {}
+        self._result = StepResult()
+        self._logged: dict[str, float] = {}
+
+    def begin_step(self, plan: StepPlan) -> None:
+        """End the saves whose memory this step overwrites."""
+        for serial in plan.reused:
+            save = self._saves.pop(serial, None)
+            if save is None:
+                continue
+            deadline = time.monotonic() + self._options.reuse_timeout_s
+            for task in save.tasks:
+                _wait(task, deadline)
+            self._settle_save(serial, save, reason="memory_reused")
+
+    def start_loads(self, plan: StepPlan) -> None:
+        """Start the loads of this step."""
+        if not plan.loads:
+            return
+        deadline = time.monotonic() + self._options.load_timeout_s
+        if self._options.load_mode == "layerwise":
+            self._start_layer_loads(plan.loads, deadline)
+            return
+        for load in plan.loads:
+            try:
+                task = self._store.load(self._batch(load), owners=self._memory.owners)
+            except UcmError as error:
+                self._log("load", error)
+                self._failed_load(load, range(len(load.blocks)))
+                self._result.loaded.add(load.request)
+                continue
+            self._loads.append(_Load(load, task, deadline))
+
+    def wait_layer(self, layer: int) -> None:
+        """Wait until this layer's blocks are there; at once when nothing is loaded layer-wise."""
+        loads = self._layer_loads
+        if loads is not None and layer < len(loads.tasks):
+            _wait(loads.tasks[layer], loads.deadline)
+
+    def save_layer(self, plan: StepPlan, layer: int) -> None:
+        """Start to save one layer of the step's blocks, where saving is layer-wise."""
+        if self._options.save_mode == "layerwise" and plan.saves and not plan.loads:
+            for save in plan.saves:
+                self._save(save, slice(layer, layer + 1))
+
+    def save_step(self, plan: StepPlan) -> None:
+        """Save what the step has completed and finish its layer-wise loads."""
+        failed = self._finish_layer_loads()
+        for save in plan.saves:
+            if failed:
+                # Whatever was computed beside a failed load may rest on it.
+                self._recorder.count(
+                    telemetry.DROPPED_SAVES, len(save.blocks), labels=("failed_load",)
+                )
+                self._ended_save(save.serial)
+            elif save.serial not in self._saves:
+                self._save(save, slice(None))
+
+    def end_step(self, plan: StepPlan) -> StepResult:
+        """Return what has ended since the last step."""
+        if plan.idle:
+            self._wait_a_little()
+        now = time.monotonic()
+        self._loads = [load for load in self._loads if not self._ended_load(load, now)]
+        for serial, save in list(self._saves.items()):
+            if all(task.done() for task in save.tasks) or now > save.deadline:
+                del self._saves[serial]
+                self._settle_save(serial, save, reason="timeout")
+        result, self._result = self._result, StepResult()
+        return result
+
+    def close(self) -> None:
+        """Finish the saves within their time and close the store."""
+        self._store.close(timeout_s=self._options.save_timeout_s)
+
+    # Loads.
+
+    def _batch(self, plan: LoadPlan | SavePlan, pieces: slice = slice(None)) -> Batch:
+        return Batch.pieces(
+            plan.ids,
+            offsets=self._offsets[pieces],
+            lengths=self._lengths[pieces],
+            addresses=self._memory.addresses(plan.blocks, pieces),
+        )
+
+    def _start_layer_loads(self, plans: tuple[LoadPlan, ...], deadline: float) -> None:
+        ids = [id for plan in plans for id in plan.ids]
+        blocks = [block for plan in plans for block in plan.blocks]
+        whole = LoadPlan("", tuple(ids), tuple(blocks))
+        tasks = []
+        try:
+            for layer in range(len(self._lengths)):
+                batch = self._batch(whole, slice(layer, layer + 1))
+                tasks.append(self._store.load(batch, owners=self._memory.owners))
+        except UcmError as error:
+            self._log("load", error)
+            for task in tasks:
+                task.cancel()
+        self._layer_loads = _LayerLoads(plans, tasks, deadline)
+
+    def _finish_layer_loads(self) -> bool:
+        """Return whether any block of the step's layer-wise loads failed."""
+        loads, self._layer_loads = self._layer_loads, None
+        if loads is None:
+            return False
+        failed = np.zeros(sum(len(plan.blocks) for plan in loads.plans), np.bool_)
+        for task in loads.tasks:
+            if not _wait(task, loads.deadline):
+                self._give_up(task, "load")
+            failed |= task.statuses != Status.OK
+        if len(loads.tasks) < len(self._lengths):
+            failed[:] = True
+        first = 0
+        for plan in loads.plans:
+            end = first + len(plan.blocks)
+            self._settle_load(plan, failed[first:end])
+            first = end
+        return bool(failed.any())
+
+    def _ended_load(self, load: _Load, now: float) -> bool:
+        if not load.task.done():
+            if now <= load.deadline:
+                return False
+            self._give_up(load.task, "load")
+        self._settle_load(load.plan, load.task.statuses != Status.OK)
+        self._result.loaded.add(load.plan.request)
+        return True
+
+    def _settle_load(self, plan: LoadPlan, failed: NDArray[np.bool_]) -> None:
+        if failed.any():
+            self._failed_load(plan, np.flatnonzero(failed).tolist())
+        else:
+            self._result.report.transfers_ok += 1
+
+    def _failed_load(self, plan: LoadPlan, indices: Sequence[int]) -> None:
+        self._result.failed_blocks.update(plan.blocks[index] for index in indices)
+        self._result.report.loads_failed += 1
+        self._result.report.failed_requests[plan.request] = len(plan.blocks) - indices[0]
+
+    # Saves.
+
+    def _save(self, plan: SavePlan, pieces: slice) -> None:
+        save = self._saves.get(plan.serial)
+        if save is None:
+            deadline = time.monotonic() + self._options.save_timeout_s
+            save = self._saves[plan.serial] = _Save([], len(plan.blocks), deadline)
+        try:
+            task = self._store.dump(self._batch(plan, pieces), owners=self._memory.owners)
+            save.tasks.append(task)
+        except UcmError as error:
+            self._log("dump", error)
+            reason = "busy" if error.temporary else "error"
+            self._recorder.count(telemetry.DROPPED_SAVES, len(plan.blocks), labels=(reason,))
+
+    def _settle_save(self, serial: int, save: _Save, *, reason: str) -> None:
+        self._ended_save(serial)
+        late = [task for task in save.tasks if not task.done()]
+        for task in late:
+            self._give_up(task, "dump")
+        if late:
+            self._recorder.count(telemetry.DROPPED_SAVES, save.blocks, labels=(reason,))
+            return
+        failed = np.zeros(save.blocks, np.bool_)
+        for task in save.tasks:
+            statuses = task.statuses
+            failed |= statuses != Status.OK
+            if failed.any():
+                self._log("dump", Status(int(statuses.min())).label)
+        self._recorder.count(telemetry.DROPPED_SAVES, int(failed.sum()), labels=("failed",))
+        self._result.report.transfers_ok += int(bool(save.tasks) and not failed.any())
+
+    def _ended_save(self, serial: int) -> None:
+        self._result.report.ended_saves[serial] = 1
+
+    # Both.
+
+    def _give_up(self, task: Task, operation: str) -> None:
+        task.cancel()
+        self._recorder.count(telemetry.TIMEOUTS, labels=(operation,))
+        self._result.report.timeouts += 1
+        self._log(operation, "the store did not answer in time")
+
+    def _wait_a_little(self) -> None:
+        tasks = [load.task for load in self._loads]
+        tasks += [task for save in self._saves.values() for task in save.tasks]
+        pending = next((task for task in tasks if not task.done()), None)
+        if pending is not None:
+            _wait(pending, time.monotonic() + _IDLE_WAIT_S)
+
+    def _log(self, operation: str, what: object) -> None:
+        """Log a fault of the data path, at most once a minute for each operation."""
+        now = time.monotonic()
+        if now - self._logged.get(operation, -_LOG_EVERY_S) >= _LOG_EVERY_S:
+            self._logged[operation] = now
+            logger.warning("a %s failed and the engine goes on without it: %s", operation, what)
+
+
+def _wait(task: Task, deadline: float) -> bool:
+    """Wait for a task until ``deadline``; returns whether it is done, well or not."""
+    # How it went is in its statuses.
+    with contextlib.suppress(UcmError):
+        task.wait(max(0.0, deadline - time.monotonic()))
+    return task.done()
