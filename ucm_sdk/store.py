@@ -14,6 +14,7 @@ from __future__ import annotations
 import abc
 import os
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, final
@@ -86,11 +87,12 @@ class Task:
     or a dropped reference never ends the life of memory that is still in use.
     """
 
-    __slots__ = ("_owners", "_settle", "_transfer")
+    __slots__ = ("_cancelled", "_owners", "_settle", "_transfer")
 
     def __init__(self, transfer: Transfer, owners: object, settle: Any) -> None:  # noqa: ANN401
         """Wrap a backend's transfer; stores call this."""
         self._transfer = transfer
+        self._cancelled = False
         self._owners = owners
         self._settle = settle
 
@@ -122,7 +124,15 @@ class Task:
 
         The memory of a dump may still be read until ``done``.
         """
+        self._cancelled = True
         self._transfer.cancel()
+
+    def finish(self, deadline: float) -> None:
+        """Wait until ``deadline`` on the monotonic clock, unless cancelled before; then cancel."""
+        if not self._cancelled:
+            self._transfer.wait(max(0.0, deadline - time.monotonic()))
+        if not self.done():
+            self.cancel()
 
     @property
     def statuses(self) -> NDArray[np.int32]:
@@ -243,7 +253,10 @@ class KVStoreBase(abc.ABC):
                 return
             self._closed = True
             tasks = list(self._tasks)
-        self._close(timeout_s)
+        deadline = time.monotonic() + timeout_s
+        for task in tasks:
+            task.finish(deadline)
+        self._close(max(0.0, deadline - time.monotonic()))
         for task in tasks:
             task.done()
 

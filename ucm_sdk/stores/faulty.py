@@ -166,7 +166,8 @@ class FaultyStore(KVStoreBase):
     def _stats(self) -> StoreStats:
         return self._inner.stats()
 
+    def _after_fork(self) -> None:
+        self._inner._check_open()  # noqa: SLF001 - reopens what the child cannot inherit
+
     def _close(self, timeout_s: float) -> None:
-        for task in list(self._tasks):
-            task.cancel()
         self._inner.close(timeout_s=timeout_s)

@@ -156,12 +156,7 @@ class FileStore(KVStoreBase):
         return StoreStats(blocks, stored_bytes, None, self._pool.queued)
 
     def _close(self, timeout_s: float) -> None:
-        for task in list(self._tasks):
-            if not task.done():
-                with contextlib.suppress(StoreError):
-                    task.wait(timeout_s)
-                task.cancel()
-        if self._pool.close(1.0):
+        if self._pool.close(max(1.0, timeout_s)):
             self._files.close()
         else:
             logger.warning("an I/O thread is stuck in %s and is left behind", self._directory)
@@ -184,7 +179,8 @@ def _prepare(root: Path, context: StoreContext) -> Path:
     directory = root / namespace.digest().hex() / layout.digest().hex()
     try:
         _check_version(root)
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for folder in (directory.parent, directory):
+            folder.mkdir(exist_ok=True, mode=0o700)
         _describe(directory.parent / "namespace.json", namespace.describe())
         _describe(directory / "geometry.json", json.loads(layout.canonical()))
         for name in ("tmp", "quarantine"):

@@ -92,11 +92,13 @@ def _model_directory(config: VllmConfig) -> Path:
 
 
 def _rope(hf_config: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Return the RoPE parameters in force, overrides included."""
-    names = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
-    return {
-        name: value for name in names if (value := getattr(hf_config, name, None)) is not None
-    }
+    """Return the RoPE parameters in force, overrides included, in transformers' present form."""
+    names = ("rope_parameters", "rope_scaling")
+    rope = next((dict(value) for name in names if (value := getattr(hf_config, name, None))), {})
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if (value := getattr(hf_config, name, None)) is not None:
+            rope.setdefault(name, value)
+    return rope
 
 
 def make_namespace(config: VllmConfig, kv_config: KVCacheConfig, ucm: UcmConfig) -> Namespace:
