@@ -129,7 +129,25 @@ class ConnectorSuite:
         self.check(engine, prompts, 2 * size)
         engine.restart()
         self.check(engine, {f"again-{id}": prompt for id, prompt in prompts.items()}, 2 * size)
-        assert all(engine.hit_tokens(f"again-{id}") >= 5 * size for id in prompts)
+        # An engine may load a shared block once and then find it in its own memory.
+        assert max(engine.hit_tokens(f"again-{id}") for id in prompts) >= 5 * size
+
+    @pytest.mark.parametrize("rate", [0.2, 1.0])
+    def test_a_shared_prefix_whose_load_fails_is_right_for_everybody(
+        self, start: StartEngine, config: dict[str, Any], rate: float
+    ) -> None:
+        engine = start(config)
+        size = engine.block_tokens
+        shared = prompt_of(5 * size)
+        prompts = {f"r{i}": shared + prompt_of(3 + i, seed=i + 1) for i in range(5)}
+        self.check(engine, prompts, size)
+        engine.close()
+        broken = start(self.faulty(config, load_failure_rate=rate, seed=1))
+        self.check(broken, {f"again-{id}": prompt for id, prompt in prompts.items()}, size)
+        assert broken.metrics.counters["ucm_failed_load_tokens"] > 0
+        broken.close()
+        engine = start(config)
+        self.check(engine, {f"last-{id}": prompt for id, prompt in prompts.items()}, size)
 
     def test_generated_tokens_are_found_too(
         self, start: StartEngine, config: dict[str, Any]

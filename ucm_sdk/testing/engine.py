@@ -159,7 +159,8 @@ class ScriptedEngine:
             self.worker.start_loads(plan)
         self.worker.save_step(plan)
         result = self.worker.end_step(plan)
-        self._finish_loads(result.loaded, result.failed_blocks)
+        computing = {request.id for request, _ in scheduled}
+        self._finish_loads(result.loaded, result.failed_blocks, computing)
         self.scheduler.update(result.report)
         self._finish_compute(scheduled, result.failed_blocks)
         self._drain()
@@ -239,11 +240,11 @@ class ScriptedEngine:
             for layer in range(self.layers)
         ]
 
-    def _finish_loads(self, loaded: set[str], failed: set[int]) -> None:
+    def _finish_loads(self, loaded: set[str], failed: set[int], computing: set[str]) -> None:
         for id in loaded & self._orphans.keys():
             self._free[:0] = self._orphans.pop(id)
         for request in self._running:
-            if request.id in loaded:
+            if request.id in loaded or (not self._async and request.id not in computing):
                 request.loading = False
                 self._truncate(request, failed)
 
