@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: MIT */
 #include "ucm/blockfile.h"
 #include "ucm/crc32c.h"
 #include "ucm/pool.h"

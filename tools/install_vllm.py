@@ -32,7 +32,7 @@ def cache_dir() -> Path:
 def pip(*arguments: str) -> None:
     """Run pip in this environment and fail with its exit status."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
-    result = subprocess.run(command, check=False)  # noqa: S603
+    result = subprocess.run(command, check=False)
     if result.returncode:
         sys.exit(result.returncode)
 

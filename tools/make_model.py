@@ -90,7 +90,7 @@ def undo_permutation(weight: NDArray[np.float32], heads: int) -> NDArray[np.floa
 
 def read_weights(reader: GGUFReader, config: dict[str, Any]) -> dict[str, NDArray[np.float32]]:
     """De-quantise all tensors to float32, under transformers' names and in its layout."""
-    from gguf import dequantize  # noqa: PLC0415
+    from gguf import dequantize
 
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     weights = {}
@@ -137,7 +137,7 @@ def model_config(fields: dict[str, Any], *, tied: bool) -> dict[str, Any]:
 
 def make_tokenizer(fields: dict[str, Any]) -> Tokenizer:
     """Build the tokenizer: byte-level BPE in which every digit stands alone."""
-    from gguf import TokenType  # noqa: PLC0415
+    from gguf import TokenType
 
     kind = (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"])
     if kind != ("gpt2", "smollm") or fields["tokenizer.ggml.add_bos_token"]:
@@ -159,7 +159,7 @@ def make_tokenizer(fields: dict[str, Any]) -> Tokenizer:
 
 def write_model(source: Path, folder: Path) -> None:
     """Write the model in the GGUF file at source into folder."""
-    from gguf import GGUFReader  # noqa: PLC0415
+    from gguf import GGUFReader
 
     reader = GGUFReader(source)
     fields = {name: field.contents() for name, field in reader.fields.items()}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -68,8 +68,12 @@ def read_file(path: Path) -> dict[str, Any]:
     except OSError as error:
         msg = f"{CONFIG_FILE_KEY}={path}: cannot be read: {error.strerror}"
         raise ConfigError(msg) from error
-    readers = {".toml": tomllib.loads, ".json": json.loads}
-    readers |= dict.fromkeys((".yaml", ".yml"), yaml.safe_load)
+    readers: dict[str, Callable[[str], Any]] = {
+        ".toml": tomllib.loads,
+        ".json": json.loads,
+        ".yaml": yaml.safe_load,
+        ".yml": yaml.safe_load,
+    }
     reader = readers.get(path.suffix)
     if reader is None:
         msg = f"{CONFIG_FILE_KEY}={path}: the suffix must be one of {', '.join(readers)}"
@@ -85,7 +89,7 @@ def read_file(path: Path) -> dict[str, Any]:
     return values
 
 
-def _explain(model: type[pydantic.BaseModel], problem: Any, where: str) -> str:  # noqa: ANN401
+def _explain(model: type[pydantic.BaseModel], problem: Any, where: str) -> str:
     key = ".".join(str(part) for part in (where, *problem["loc"]) if part != "")
     if problem["type"] == "extra_forbidden":
         known = ", ".join(sorted(_fields_at(model, problem["loc"][:-1])))
@@ -126,7 +130,7 @@ def _value(text: str) -> object:
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
-        lower = merged.get(key)
+        lower: Any = merged.get(key)
         both = isinstance(lower, Mapping) and isinstance(value, Mapping)
         merged[key] = _merge(lower, value) if both else value
     return merged

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from ucm_sdk.errors import ArgumentError
-from ucm_sdk.layout import LAYOUT_VERSION
-from ucm_sdk.types import ID_BYTES
+from ucm_sdk.types import ID_BYTES, LAYOUT_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

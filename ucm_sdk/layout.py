@@ -6,17 +6,15 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ucm_sdk.errors import ArgumentError
+from ucm_sdk.types import LAYOUT_VERSION
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-LAYOUT_VERSION: Final = 1
-"""Rises when the same values would be stored as other bytes."""
 
 
 @dataclass(frozen=True, slots=True)

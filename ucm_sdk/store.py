@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, final
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, final
 
 import numpy as np
 
@@ -89,7 +89,7 @@ class Task:
 
     __slots__ = ("_cancelled", "_owners", "_settle", "_transfer")
 
-    def __init__(self, transfer: Transfer, owners: object, settle: Any) -> None:  # noqa: ANN401
+    def __init__(self, transfer: Transfer, owners: object, settle: Any) -> None:
         """Wrap a backend's transfer; stores call this."""
         self._transfer = transfer
         self._cancelled = False
@@ -185,9 +185,7 @@ class KVStoreBase(abc.ABC):
         return found
 
     @final
-    def lookup_prefix(
-        self, ids: BlockIds | Sequence[bytes], *, lease_s: float = 0.0
-    ) -> int:
+    def lookup_prefix(self, ids: BlockIds | Sequence[bytes], *, lease_s: float = 0.0) -> int:
         """Return how many blocks from the first on are visible, 0 for none.
 
         With ``lease_s`` above 0 the found blocks are not evicted for so many seconds, by whichever
@@ -260,7 +258,7 @@ class KVStoreBase(abc.ABC):
         for task in tasks:
             task.done()
 
-    def __enter__(self) -> KVStoreBase:
+    def __enter__(self) -> Self:
         """Return the store."""
         return self
 
@@ -300,7 +298,7 @@ class KVStoreBase(abc.ABC):
     @abc.abstractmethod
     def _close(self, timeout_s: float) -> None: ...
 
-    def _after_fork(self) -> None:
+    def _after_fork(self) -> None:  # noqa: B027 - most stores have nothing to reopen
         """Reopen what a child process cannot inherit, such as threads."""
 
     # What is written once for all.

@@ -63,9 +63,7 @@ REFUSED_TRANSFERS: Final = Metric(
 REQUESTS: Final = Metric(
     "ucm_requests", Kind.COUNTER, "Requests matched against the store, by result.", ("result",)
 )
-HIT_TOKENS: Final = Metric(
-    "ucm_hit_tokens", Kind.COUNTER, "Prompt tokens claimed from the store."
-)
+HIT_TOKENS: Final = Metric("ucm_hit_tokens", Kind.COUNTER, "Prompt tokens claimed from the store.")
 LOOKUP_SECONDS: Final = Metric(
     "ucm_lookup_seconds", Kind.HISTOGRAM, "Seconds of the lookup of a request.", (), _SECONDS
 )

@@ -15,6 +15,9 @@ from ucm_sdk.errors import ArgumentError
 ID_BYTES: Final = 32
 """Length of a block id in bytes."""
 
+LAYOUT_VERSION: Final = 1
+"""Rises when the same KV values would be stored as other bytes."""
+
 BlockIds: TypeAlias = NDArray[np.uint8]
 """Block ids as one C-contiguous array of shape ``[blocks, ID_BYTES]``."""
 

@@ -40,5 +40,5 @@ def test_the_same_seed_gives_the_same_faults(tmp_path: Path) -> None:
 
 def test_an_unknown_failure_is_refused() -> None:
     options = {"kind": "faulty", "inner": {"kind": "memory"}, "failure": "fire"}
-    with pytest.raises(ConfigError, match="failure='fire'.*must be one of"):
+    with pytest.raises(ConfigError, match=r"failure='fire'.*must be one of"):
         open_store(options, StoreContext(NAMESPACE, LAYOUT))

@@ -53,7 +53,7 @@ _MOST_STEPS: Final = 100_000
 def _start_distributed(config: VllmConfig) -> None:
     if model_parallel_is_initialized():
         return
-    file = tempfile.mktemp()  # noqa: S306 - the name of a rendezvous file
+    file = tempfile.mktemp()
     with set_current_vllm_config(config):
         init_distributed_environment(1, 0, f"file://{file}", 0, "gloo")
         initialize_model_parallel(1, 1)
@@ -115,7 +115,10 @@ class VllmHarness:
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(BLOCK_TOKENS, sha256)
         self.scheduler = Scheduler(
-            self._config, kv_config, StructuredOutputManager(self._config), BLOCK_TOKENS,
+            self._config,
+            kv_config,
+            StructuredOutputManager(self._config),
+            BLOCK_TOKENS,
             log_stats=True,
         )
         _start_distributed(self._config)

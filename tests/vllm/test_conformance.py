@@ -45,9 +45,7 @@ class TestVllmWithoutItsOwnPrefixCache(ConnectorSuite):
         return start_one
 
 
-def test_a_reset_of_the_engines_cache_leaves_the_store(
-    start: StartEngine, tmp_path: Path
-) -> None:
+def test_a_reset_of_the_engines_cache_leaves_the_store(start: StartEngine, tmp_path: Path) -> None:
     engine: Any = start({"store": {"kind": "file", "directory": str(tmp_path)}})
     prompt = prompt_of(100)
     for id, hit in (("cold", 0), ("again", 0), ("reset", 96)):

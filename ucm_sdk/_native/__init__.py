@@ -90,7 +90,7 @@ class Pool:
 class NativeTransfer:
     """A batch under way in the C library."""
 
-    def __init__(self, handle: Any, blocks: int) -> None:  # noqa: ANN401
+    def __init__(self, handle: Any, blocks: int) -> None:
         """Own ``handle``; it is released when this object goes."""
         self._handle = _ffi.gc(handle, _lib.ucm_batch_release)
         self._blocks = blocks

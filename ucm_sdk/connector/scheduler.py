@@ -179,8 +179,7 @@ class SchedulerSide:
                 saves.append(save)
         # Before the new saves are noted: their blocks are complete after this step only.
         reused = {
-            self._saving_blocks[block]
-            for block in planned.written & self._saving_blocks.keys()
+            self._saving_blocks[block] for block in planned.written & self._saving_blocks.keys()
         }
         for save in saves:
             self._saving[save.serial] = _Save(save.blocks, self._ranks)
@@ -279,9 +278,7 @@ class SchedulerSide:
         if full <= first:
             return None
         if not self._breaker.allows():
-            self._recorder.count(
-                telemetry.DROPPED_SAVES, full - first, labels=("unavailable",)
-            )
+            self._recorder.count(telemetry.DROPPED_SAVES, full - first, labels=("unavailable",))
             return None
         request.chain.extend(step.tokens, request.extras)
         self._serial += 1

@@ -85,7 +85,9 @@ class WorkerSide:
         """Transfer between ``store`` and ``memory``, which has the store's layout."""
         layout = store.context.layout
         if len(memory.bases) != len(layout.piece_bytes):
-            msg = f"{len(memory.bases)} pieces of memory for {len(layout.piece_bytes)} of the layout"
+            msg = (
+                f"{len(memory.bases)} pieces of memory for {len(layout.piece_bytes)} of the layout"
+            )
             raise ArgumentError(msg)
         self._store = store
         self._options = options

@@ -47,7 +47,9 @@ class FaultyOptions(Strict):
     @pydantic.field_validator("failure")
     @classmethod
     def _known_status(cls, value: str) -> str:
-        labels = sorted(status.label for status in Status if status not in {Status.OK, Status.PENDING})
+        labels = sorted(
+            status.label for status in Status if status not in {Status.OK, Status.PENDING}
+        )
         if value not in labels:
             msg = f"must be one of {', '.join(labels)}"
             raise ValueError(msg)
@@ -68,11 +70,11 @@ class _Delayed:
         self._elapsed_s = 0.0
         self.delay_s = delay_s
 
-    def begin(self, start: Any) -> None:  # noqa: ANN401
+    def begin(self, start: Any) -> None:
         """Call ``start``, which returns the inner transfer or None, after the delay."""
         threading.Thread(target=self._run, args=(start,), daemon=True, name="ucm-faulty").start()
 
-    def _run(self, start: Any) -> None:  # noqa: ANN401
+    def _run(self, start: Any) -> None:
         with self._condition:
             self._condition.wait_for(lambda: self._cancelled, self.delay_s)
             if not self._cancelled:
@@ -144,11 +146,9 @@ class FaultyStore(KVStoreBase):
         rate, delay_s = self._options.dump_failure_rate, self._options.dump_delay_s
         return self._begin(batch, rate, delay_s, self._inner._dump)  # noqa: SLF001
 
-    def _begin(self, batch: Batch, rate: float, delay_s: float, start: Any) -> Transfer:  # noqa: ANN401
+    def _begin(self, batch: Batch, rate: float, delay_s: float, start: Any) -> Transfer:
         status = Status[self._options.failure.upper()]
-        failed = {
-            index: status for index in range(len(batch.ids)) if self._random.random() < rate
-        }
+        failed = {index: status for index in range(len(batch.ids)) if self._random.random() < rate}
         rest = [index for index in range(len(batch.ids)) if index not in failed]
         transfer = _Delayed(delay_s, len(batch.ids), failed)
         rows = batch.rows[np.isin(batch.rows["block"], rest)].copy()

@@ -226,4 +226,4 @@ def _remove_orphans(directory: Path) -> None:
         for entry in os.scandir(directory):
             with contextlib.suppress(OSError):
                 if entry.stat().st_mtime < oldest:
-                    os.unlink(entry.path)
+                    Path(entry).unlink()

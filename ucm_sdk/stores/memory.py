@@ -153,7 +153,9 @@ class MemoryStore(KVStoreBase):
                 self._area.blocks.move_to_end(self._key(id))
                 for row in batch.rows[batch.rows["block"] == index]:
                     offset, length = int(row["offset"]), int(row["length"])
-                    _memory(int(row["address"]), length)[:] = shard.payload[offset : offset + length]
+                    _memory(int(row["address"]), length)[:] = shard.payload[
+                        offset : offset + length
+                    ]
         return _Ended(statuses, time.monotonic() - started)
 
     def _dump(self, batch: Batch) -> Transfer:
@@ -165,7 +167,7 @@ class MemoryStore(KVStoreBase):
             ]
         return _Ended(statuses, time.monotonic() - started)
 
-    def _dump_block(self, key: bytes, rows: Any) -> Status:  # noqa: ANN401
+    def _dump_block(self, key: bytes, rows: Any) -> Status:
         layout = self.context.layout
         block = self._area.blocks.setdefault(key, _Block())
         shard = block.shards.get(self.context.shard)

@@ -117,7 +117,9 @@ class ConnectorSuite:
         assert engine.hit_tokens("cold") == 0
         engine.restart()
         self.check(engine, {"warm": prompt}, 3)
-        assert engine.hit_tokens("warm") == (length - 1) // engine.block_tokens * engine.block_tokens
+        assert (
+            engine.hit_tokens("warm") == (length - 1) // engine.block_tokens * engine.block_tokens
+        )
 
     def test_requests_in_parallel_share_and_do_not_mix(
         self, start: StartEngine, config: dict[str, Any]

@@ -187,7 +187,7 @@ class ScriptedEngine:
 
     def _schedule(self) -> list[tuple[_Running, int]]:
         budget = self._tokens_per_step
-        scheduled = []
+        scheduled: list[tuple[_Running, int]] = []
         for request in list(self._running):
             if request not in self._running or request.loading or budget == 0:
                 continue

@@ -19,7 +19,7 @@ _NAMES = ("UcmConnector", "KVStoreConnector")
 
 def register() -> None:
     """Make the connector known to vLLM by name; called by vLLM in each of its processes."""
-    from vllm.distributed.kv_transfer.kv_connector.factory import (  # noqa: PLC0415
+    from vllm.distributed.kv_transfer.kv_connector.factory import (
         KVConnectorFactory,
     )
 
@@ -31,7 +31,7 @@ def register() -> None:
 def __getattr__(name: str) -> object:
     """Import the connector when it is asked for, since that imports vLLM."""
     if name in _NAMES:
-        from ucm_vllm import connector  # noqa: PLC0415
+        from ucm_vllm import connector
 
         return getattr(connector, name)
     msg = f"module {__name__!r} has no attribute {name!r}"

@@ -52,7 +52,7 @@ def packing(config: VllmConfig, *, dtype: torch.dtype, block_tokens: int, head_s
     A page holds, per head, K transposed as [head_size, tokens] and V as [tokens, head_size]; the
     instruction set decides how both are tiled.
     """
-    from vllm.v1.attention.backends.cpu_attn import (  # noqa: PLC0415 - a CPU build's module
+    from vllm.v1.attention.backends.cpu_attn import (
         _get_attn_isa,
     )
 

@@ -134,7 +134,7 @@ class UcmConnector(KVConnectorBase_V1):
         """End the saves of memory that this step overwrites; vLLM's first call of a step."""
         self._at_worker.begin_step(_plan(kv_connector_metadata))
 
-    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:  # noqa: ANN401
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Start the step's loads."""
         del forward_context, kwargs
         self._at_worker.start_loads(self._step_plan)
@@ -148,7 +148,7 @@ class UcmConnector(KVConnectorBase_V1):
         layer_name: str,
         kv_layer: torch.Tensor,
         attn_metadata: AttentionMetadata,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> None:
         """Save one layer, where saving is layer-wise."""
         del kv_layer, attn_metadata, kwargs

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from ucm_sdk.model_identity import model_identity
 from ucm_vllm import compat
 
 
-def _refuse(what: str) -> ConfigError:
-    return ConfigError(f"{what}: start vLLM without kv_connector=UcmConnector")
+def _refuse(what: str) -> NoReturn:
+    msg = f"{what}: start vLLM without kv_connector=UcmConnector"
+    raise ConfigError(msg)
 
 
 def check_supported(config: VllmConfig, kv_config: KVCacheConfig) -> FullAttentionSpec:
@@ -32,20 +33,20 @@ def check_supported(config: VllmConfig, kv_config: KVCacheConfig) -> FullAttenti
         "prefill_context_parallel_size",
     ):
         if getattr(parallel, name, 1) > 1:
-            raise _refuse(f"ucm_vllm does not serve {name}={getattr(parallel, name)} yet")
+            _refuse(f"ucm_vllm does not serve {name}={getattr(parallel, name)} yet")
     groups = kv_config.kv_cache_groups
     if len(groups) != 1:
         kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
-        raise _refuse(
+        _refuse(
             f"ucm_vllm serves models with one kind of KV cache; this one has {len(groups)} groups "
             f"({', '.join(kinds)})"
         )
     spec = groups[0].kv_cache_spec
     if type(spec) not in {FullAttentionSpec, MLAAttentionSpec} or spec.non_causal:
-        raise _refuse(f"ucm_vllm serves causal full attention, not {type(spec).__name__}")
+        _refuse(f"ucm_vllm serves causal full attention, not {type(spec).__name__}")
     for name in ("sliding_window", "attention_chunk_size"):
         if getattr(spec, name) is not None:
-            raise _refuse(f"ucm_vllm serves full attention, not {name}={getattr(spec, name)}")
+            _refuse(f"ucm_vllm serves full attention, not {name}={getattr(spec, name)}")
     return spec
 
 
@@ -79,7 +80,7 @@ def _model_directory(config: VllmConfig) -> Path:
     model = config.model_config
     if Path(model.model).is_dir():
         return Path(model.model)
-    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 - comes with vLLM
+    from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(model.model, "config.json", revision=model.revision)
     if isinstance(found, str):
@@ -91,7 +92,7 @@ def _model_directory(config: VllmConfig) -> Path:
     raise ConfigError(msg)
 
 
-def _rope(hf_config: Any) -> dict[str, Any]:  # noqa: ANN401
+def _rope(hf_config: Any) -> dict[str, Any]:
     """Return the RoPE parameters in force, overrides included, in transformers' present form."""
     names = ("rope_parameters", "rope_scaling")
     rope = next((dict(value) for name in names if (value := getattr(hf_config, name, None))), {})
@@ -141,7 +142,7 @@ def make_memory(
         stride = cache.stride(0) * cache.element_size() * parts
         whole = cache[0].is_contiguous() and (parts == 1 or cache.is_contiguous())
         if rest or page_bytes != size or not whole or cache.device.type != "cpu":
-            raise _refuse(
+            _refuse(
                 f"KV of layer {name} has shape {tuple(cache.shape)} and strides {cache.stride()} "
                 f"on {cache.device}, which is not {kv_config.num_blocks} pages of {size} bytes"
             )

@@ -85,8 +85,6 @@ class UcmPromMetrics(KVConnectorPromMetrics):
             for value in values:
                 series.observe(value)
 
-    def _series(self, key: str, engine_idx: int) -> Any:  # noqa: ANN401
+    def _series(self, key: str, engine_idx: int) -> Any:
         name, *labels = key.split("|")
         return self._metrics[name].labels(*self.per_engine_labelvalues[engine_idx], *labels)
-
-

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: MIT
+# Everything that is downloaded or built outside the checkout goes to UCM_CACHE_DIR.
+UCM_CACHE_DIR ?= $(HOME)/.cache/ucm-sdk
+export UCM_CACHE_DIR
+PYTHON ?= python3.11
+TOX := $(UCM_CACHE_DIR)/venvs/tox/bin/tox
+DEMO := $(UCM_CACHE_DIR)/venvs/demo
+MODEL := $(UCM_CACHE_DIR)/models/SmolLM2-135M-Instruct
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help test demo clean
+
+help:
+	@echo "make test   lint, types, C tests, unit, conformance, documentation and real-engine tests"
+	@echo "make demo   serve a model with vLLM, restart it, see the KV come back from the store"
+	@echo "make clean  remove what was built in the checkout"
+
+test: $(TOX)
+	$(TOX) run $(TOX_ARGS)
+
+demo: $(DEMO)/bin/python
+	@echo "installing vLLM and ucm-sdk into $(DEMO); the first time takes a few minutes"
+	$(DEMO)/bin/python tools/install_vllm.py
+	$(DEMO)/bin/python -m pip install -q --force-reinstall --no-deps ".[vllm]"
+	$(DEMO)/bin/python -m pip install -q ".[vllm]" gguf
+	$(DEMO)/bin/python tools/make_model.py $(MODEL)
+	PYTHONSAFEPATH=1 $(DEMO)/bin/python examples/demo_prefix_cache.py $(MODEL)
+
+$(TOX):
+	$(PYTHON) -m venv $(UCM_CACHE_DIR)/venvs/tox
+	$(UCM_CACHE_DIR)/venvs/tox/bin/python -m pip install -q "tox>=4.21"
+
+$(DEMO)/bin/python:
+	$(PYTHON) -m venv $(DEMO)
+
+clean:
+	rm -rf build dist

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: MIT
+from __future__ import annotations
+
+from ucm_sdk.connector.availability import Breaker
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_timeout_opens_at_once_and_lets_one_attempt_through_later() -> None:
+    clock = Clock()
+    breaker = Breaker(10, clock=clock)
+    assert breaker.allows()
+    breaker.timed_out("transfer")
+    assert not breaker.closed
+    assert not breaker.allows()
+    clock.now = 10.0
+    assert breaker.allows()
+    assert not breaker.allows()
+    breaker.succeeded("transfer")
+    assert breaker.closed
+    assert breaker.allows()
+
+
+def test_three_failures_in_a_row_open() -> None:
+    breaker = Breaker(10, clock=Clock())
+    for _ in range(2):
+        breaker.failed("transfer")
+    breaker.succeeded("transfer")
+    for _ in range(2):
+        breaker.failed("transfer")
+    assert breaker.closed
+    breaker.failed("transfer")
+    assert not breaker.closed
+
+
+def test_a_lookup_that_works_does_not_say_that_loads_do() -> None:
+    clock = Clock()
+    breaker = Breaker(10, clock=clock)
+    breaker.timed_out("transfer")
+    clock.now = 10.0
+    assert breaker.allows()
+    breaker.succeeded("lookup")
+    assert not breaker.closed
+    breaker.succeeded("transfer")
+    breaker.timed_out("lookup")
+    breaker.succeeded("lookup")
+    assert breaker.closed

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: MIT
+"""Real vLLM, the real model, a process per engine: the tokens are those of vLLM alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import pydoc
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+JOB = Path(__file__).parents[1] / "support" / "vllm_job.py"
+BLOCK = 32
+# Shorter than a block, on a boundary and beside it, several blocks, several prefill chunks.
+LENGTHS = [1, 5, 31, 32, 33, 63, 64, 65, 96, 100, 128, 160, 255, 256, 257, 300, 400, 511, 512, 513]
+LONG = 6100
+NEW = 8
+
+Job = Callable[..., dict[str, Any]]
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="session")
+def prompts(model_path: Path) -> list[list[int]]:
+    """Return prompts of all lengths from different places of a text that ships with Python."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    ids = tokenizer.encode(Path(pydoc.__file__).read_text(), verbose=False)
+    starts = random.Random(1).sample(range(LONG, len(ids) - LONG), len(LENGTHS))
+    short = [ids[start : start + length] for start, length in zip(starts, LENGTHS, strict=True)]
+    return [*short, ids[:LONG]]
+
+
+def hits(prompts: list[list[int]]) -> list[int]:
+    """Return the tokens that a full hit of each prompt has."""
+    return [(len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts]
+
+
+@pytest.fixture(scope="session")
+def job(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """Return a function that runs one engine process over batches of prompts."""
+    folder = tmp_path_factory.mktemp("jobs")
+
+    def run(
+        config: dict[str, Any] | None,
+        *batches: dict[str, Any],
+        kill_after: int | None = None,
+        fails: bool = False,
+        **engine: Any,
+    ) -> dict[str, Any]:
+        number = len(list(folder.iterdir()))
+        description, result = folder / f"{number}.json", folder / f"{number}.result.json"
+        content = {"model": str(model_path), "engine": engine, "config": config}
+        description.write_text(json.dumps({**content, "batches": batches}))
+        command = [sys.executable, str(JOB), str(description), str(result)]
+        log = folder / f"{number}.log"
+        with log.open("w") as errors:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+            assert process.stdout is not None
+            done = 0
+            for line in process.stdout:
+                done += line.strip() == "batch"
+                if done == kill_after:
+                    process.send_signal(signal.SIGKILL)
+                    break
+            process.wait(800)
+            process.stdout.close()
+        if kill_after is not None:
+            return {}
+        if fails:
+            assert process.returncode != 0
+            return {"log": log.read_text()}
+        assert process.returncode == 0, log.read_text()[-3000:]
+        return {**json.loads(result.read_text()), "log": log.read_text()}
+
+    return run
+
+
+def file_store(directory: Path, **more: Any) -> dict[str, Any]:
+    return {"store": {"kind": "file", "directory": str(directory)}, **more}
+
+
+def tokens(batch: list[dict[str, Any]]) -> list[list[list[int]]]:
+    assert all(reason == "length" for output in batch for reason in output["finish"])
+    return [output["tokens"] for output in batch]
+
+
+def cached(batch: list[dict[str, Any]]) -> list[int]:
+    return [output["cached"] for output in batch]
+
+
+@pytest.fixture(scope="session")
+def expected(job: Job, prompts: list[list[int]]) -> list[list[list[int]]]:
+    """Return the outputs of vLLM without a connector."""
+    batch = {"prompts": prompts, "max_tokens": NEW}
+    return tokens(job(None, batch)["batches"][0])
+
+
+@pytest.fixture(scope="session")
+def filled(
+    job: Job, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """Return a store that one engine filled, and what that engine said."""
+    directory = tmp_path_factory.mktemp("filled")
+    cold = {"prompts": prompts, "max_tokens": NEW}
+    result = job(file_store(directory), cold, cold | {"reset": True}, cold)
+    return directory, result
+
+
+def test_the_first_run_and_the_warm_ones_give_vllms_own_tokens(
+    expected: list[list[list[int]]], filled: tuple[Path, dict[str, Any]], prompts: list[list[int]]
+) -> None:
+    cold, store, memory = filled[1]["batches"]
+    assert tokens(cold) == expected
+    assert not any(cached(cold))
+    assert tokens(store) == expected
+    assert cached(store) == hits(prompts)
+    assert tokens(memory) == expected
+    metrics = filled[1]["metrics"]
+    assert metrics["ucm_hit_tokens_total"] == sum(hits(prompts))
+    assert metrics["vllm:external_prefix_cache_hits_total"] == sum(hits(prompts))
+    assert metrics["ucm_transfer_blocks_total|dump|ok"] >= sum(hits(prompts)) // BLOCK
+    assert metrics["ucm_store_available"] == 1
+
+
+def test_a_restart_without_vllms_own_cache_in_parallel(
+    job: Job,
+    expected: list[list[list[int]]],
+    filled: tuple[Path, dict[str, Any]],
+    prompts: list[list[int]],
+) -> None:
+    batch = {"prompts": prompts, "max_tokens": NEW, "together": True}
+    result = job(file_store(filled[0]), batch, enable_prefix_caching=False)
+    assert tokens(result["batches"][0]) == expected
+    assert cached(result["batches"][0]) == hits(prompts)
+
+
+def test_a_restart_layer_by_layer(
+    job: Job,
+    expected: list[list[list[int]]],
+    filled: tuple[Path, dict[str, Any]],
+    prompts: list[list[int]],
+) -> None:
+    modes = {"load_mode": "layerwise", "save_mode": "layerwise"}
+    batch = {"prompts": prompts, "max_tokens": NEW}
+    result = job(file_store(filled[0], connector=modes), batch)
+    assert tokens(result["batches"][0]) == expected
+    assert cached(result["batches"][0]) == hits(prompts)
+
+
+def test_several_samples_of_a_prompt(
+    job: Job, expected: list[list[list[int]]], prompts: list[list[int]], tmp_path: Path
+) -> None:
+    some = slice(13, 16)
+    batch = {"prompts": prompts[some], "max_tokens": NEW, "n": 3}
+    for run in range(2):
+        result = job(file_store(tmp_path), batch)
+        # Greedy samples are all the same.
+        assert tokens(result["batches"][0]) == [[one[0]] * 3 for one in expected[some]]
+        assert bool(result["metrics"].get("ucm_hit_tokens_total")) == bool(run)
+
+
+@pytest.mark.parametrize(
+    ("config", "engine"),
+    [
+        ({"salt": "another tenant"}, {}),
+        ({"model_identity": "another model"}, {}),
+        ({}, {"dtype": "bfloat16"}),
+        ({}, {"block_size": 64}),
+        (
+            {},
+            {"hf_overrides": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}},
+        ),
+    ],
+    ids=["salt", "model", "dtype", "block size", "rope"],
+)
+def test_the_store_of_another_setting_hits_nothing(
+    job: Job,
+    filled: tuple[Path, dict[str, Any]],
+    prompts: list[list[int]],
+    config: dict[str, Any],
+    engine: dict[str, Any],
+) -> None:
+    batch = {"prompts": prompts[10:13], "max_tokens": 2}
+    result = job(file_store(filled[0], **config), batch, **engine)
+    assert cached(result["batches"][0]) == [0, 0, 0]
+    assert result["metrics"]["ucm_requests_total|miss"] == 3
+
+
+# Faults.
+
+FEW = slice(15, 20)
+
+
+@pytest.fixture(scope="session")
+def few_filled(
+    job: Job, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Return a store with a few prompts, for tests that damage a copy."""
+    directory = tmp_path_factory.mktemp("few")
+    job(file_store(directory), {"prompts": prompts[FEW], "max_tokens": NEW})
+    return directory
+
+
+def test_damaged_files_are_computed_and_counted(
+    job: Job,
+    expected: list[list[list[int]]],
+    few_filled: Path,
+    prompts: list[list[int]],
+    tmp_path: Path,
+) -> None:
+    directory = tmp_path / "kv"
+    shutil.copytree(few_filled, directory)
+    generator = random.Random(4)
+    files = sorted(directory.glob("*/*/??/*"))
+    chosen = generator.sample(files, 16)
+    for path in chosen[:5]:
+        data = bytearray(path.read_bytes())
+        data[generator.randrange(8192, len(data))] ^= 1 << generator.randrange(8)
+        path.write_bytes(data)
+    for path in chosen[5:10]:
+        os.truncate(path, generator.randrange(path.stat().st_size))
+    for first, second in zip(chosen[10:13], chosen[13:16], strict=True):
+        aside = tmp_path / "aside"
+        first.rename(aside)
+        second.rename(first)
+        aside.rename(second)
+    batch = {"prompts": prompts[FEW], "max_tokens": NEW}
+    result = job(file_store(directory), batch, batch | {"reset": True})
+    assert tokens(result["batches"][0]) == expected[FEW]
+    assert result["metrics"]["ucm_transfer_blocks_total|load|corrupt"] > 0
+    assert result["metrics"]["ucm_failed_load_tokens_total"] > 0
+    assert "Recovered from KV load failure" in result["log"]
+    assert tokens(result["batches"][1]) == expected[FEW]
+
+
+@pytest.mark.parametrize("operation", ["lookup", "load", "dump"])
+def test_a_store_that_hangs_for_30_seconds(
+    job: Job,
+    expected: list[list[list[int]]],
+    few_filled: Path,
+    prompts: list[list[int]],
+    tmp_path: Path,
+    operation: str,
+) -> None:
+    directory = tmp_path if operation == "dump" else few_filled
+    limits = {"lookup_timeout_s": 0.5, "load_timeout_s": 1, "save_timeout_s": 1}
+    inner = {"kind": "file", "directory": str(directory)}
+    store = {"kind": "faulty", "inner": inner, f"{operation}_delay_s": 30}
+    batch = {"prompts": prompts[FEW], "max_tokens": NEW}
+    result = job({"store": store, "connector": limits}, batch)
+    assert tokens(result["batches"][0]) == expected[FEW]
+    if operation != "dump":  # saves end after the last request, when nothing carries counters
+        assert result["metrics"][f"ucm_timeouts_total|{operation}"] > 0
+
+
+def test_a_full_file_system(
+    job: Job, expected: list[list[list[int]]], prompts: list[list[int]], tmp_path: Path
+) -> None:
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path)]
+    if subprocess.run(command, check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        batch = {"prompts": prompts[FEW], "max_tokens": NEW}
+        result = job(file_store(tmp_path), batch, batch | {"reset": True})
+        assert tokens(result["batches"][0]) == expected[FEW]
+        assert tokens(result["batches"][1]) == expected[FEW]
+        assert result["metrics"]["ucm_transfer_blocks_total|dump|no_space"] > 0
+        assert result["metrics"]["ucm_hit_tokens_total"] > 0
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_a_directory_that_is_missing_or_read_only_is_refused_at_start(
+    job: Job, tmp_path: Path
+) -> None:
+    log = job(file_store(tmp_path / "missing"), fails=True)["log"]
+    assert f"store.directory={tmp_path / 'missing'}: is not a directory; create it" in log
+
+
+def test_an_unknown_key_is_refused_at_start(job: Job, tmp_path: Path) -> None:
+    log = job(file_store(tmp_path, conector={}), fails=True)["log"]
+    assert "conector: unknown key; known keys are" in log
+
+
+def test_killed_while_it_saves(
+    job: Job, expected: list[list[list[int]]], prompts: list[list[int]], tmp_path: Path
+) -> None:
+    slow = {"prompts": prompts[FEW], "max_tokens": NEW}
+    # Killed at once after a batch: its last saves are under way.
+    for batches in (1, 2):
+        job(file_store(tmp_path), *[slow] * 4, kill_after=batches)
+    result = job(file_store(tmp_path), slow)
+    assert tokens(result["batches"][0]) == expected[FEW]
+    assert sum(cached(result["batches"][0])) > 0
+
+
+def test_tensor_parallel_ranks_share_a_directory(
+    job: Job,
+    expected: list[list[list[int]]],
+    prompts: list[list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The model has 3 KV heads: 3 ranks on 2 processors.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1|0")
+    parallel = {"tensor_parallel_size": 3, "distributed_executor_backend": "mp"}
+    batch = {"prompts": prompts[13:16], "max_tokens": NEW, "together": True}
+    for run in range(2):
+        result = job(file_store(tmp_path), batch, **parallel)
+        assert tokens(result["batches"][0]) == expected[13:16]
+        assert cached(result["batches"][0]) == (hits(prompts[13:16]) if run else [0, 0, 0])
+    for path in tmp_path.glob("*/*/??/*"):
+        others = [path.with_suffix(f".{shard}") for shard in range(3)]
+        assert all(other.exists() for other in others)
