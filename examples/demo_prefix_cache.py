@@ -232,9 +232,7 @@ def run(model: Path, store: Path, logs: Path) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     """Print the table."""
-    cold, store, memory = (
-        result[f"ttft_{name}_s"] for name in ("cold", "store", "engine_hit")
-    )
+    cold, store, memory = (result[f"ttft_{name}_s"] for name in ("cold", "store", "engine_hit"))
     again = statistics.median(result["ttft_store_again_s"])
     spread = f"{min(result['ttft_store_again_s']):.2f} to {max(result['ttft_store_again_s']):.2f} s"
     rows = [

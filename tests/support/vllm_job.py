@@ -22,8 +22,13 @@ def run_batch(llm: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
 
     if batch.get("reset"):
         assert llm.reset_prefix_cache()
+    samples = batch.get("n", 1)
     sampling = SamplingParams(
-        temperature=0, max_tokens=batch["max_tokens"], n=batch.get("n", 1), ignore_eos=True
+        temperature=0 if samples == 1 else 0.8,
+        seed=1,
+        max_tokens=batch["max_tokens"],
+        n=samples,
+        ignore_eos=True,
     )
     prompts = [{"prompt_token_ids": ids} for ids in batch["prompts"]]
     groups = [prompts] if batch.get("together") else [[prompt] for prompt in prompts]

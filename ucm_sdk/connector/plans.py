@@ -22,7 +22,7 @@ class ScheduledRequest:
     scheduled_tokens: int
     """Tokens whose KV the step computes, drafts included."""
     blocks: Sequence[int]
-    """The engine's block numbers, in the order of the tokens."""
+    """The engine's block numbers, in the order of the tokens; may be fetched when first used."""
 
 
 @dataclass(frozen=True, slots=True)

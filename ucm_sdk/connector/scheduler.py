@@ -170,10 +170,9 @@ class SchedulerSide:
         idle = True
         for step in scheduled:
             idle = False
-            size = self._block_tokens
-            first = step.computed_tokens // size
-            end = -(-(step.computed_tokens + step.scheduled_tokens) // size)
-            planned.written.update(step.blocks[first:end])
+            if self._saving_blocks:
+                # All that follow too: drafts may be written beyond the scheduled tokens.
+                planned.written.update(step.blocks[step.computed_tokens // self._block_tokens :])
             save = self._plan_save(step)
             if save is not None:
                 saves.append(save)

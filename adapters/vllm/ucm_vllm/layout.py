@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -109,6 +110,9 @@ def make_namespace(config: VllmConfig, kv_config: KVCacheConfig, ucm: UcmConfig)
     extra: dict[str, Any] = {}
     if config.load_config.load_format == "dummy":
         extra["random_weights_seed"] = model.seed
+    if model.hf_overrides:
+        # config.json no longer says all; a function is known by its name only.
+        extra["hf_overrides"] = json.loads(json.dumps(model.hf_overrides, default=str))
     if config.speculative_config is not None:
         # A draft model's layers may lie beside the model's.
         extra["speculative"] = [

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, overload
 
 from ucm_sdk import StoreContext, open_store
 from ucm_sdk.connector import ScheduledRequest, SchedulerSide, StepPlan, WorkerReport
@@ -15,11 +17,34 @@ if TYPE_CHECKING:
 
     from vllm.config import VllmConfig
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
     from ucm_sdk.connector import UcmConfig
+
+
+class _Blocks(Sequence[int]):
+    """A request's block numbers, asked of vLLM when they are needed: most steps need none."""
+
+    def __init__(self, state: KVConnectorBlockState, request_id: str) -> None:
+        self._state = state
+        self._request_id = request_id
+
+    @cached_property
+    def _numbers(self) -> list[int]:
+        groups = self._state.get_block_ids(self._request_id)
+        return groups[0] if groups is not None else []
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        return self._numbers[index]
 
 
 class VllmScheduler:
@@ -84,13 +109,12 @@ class VllmScheduler:
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         for id, scheduled_tokens in output.num_scheduled_tokens.items():
             request = self._requests.get(id)
-            blocks = output.kv_connector_block_state.get_block_ids(id)[0]
             yield ScheduledRequest(
                 id=id,
                 tokens=request.all_token_ids if request is not None else (),
                 computed_tokens=computed[id],
                 scheduled_tokens=scheduled_tokens,
-                blocks=blocks,
+                blocks=_Blocks(output.kv_connector_block_state, id),
             )
 
     def update(self, report: WorkerReport) -> None:
