@@ -158,13 +158,13 @@ def measure(model: str, directory: str, rounds: int) -> list[dict[str, Any]]:
         for engine in engines.values():
             engine.close()
     print(f"\n  {'':<34} {'with':>9} {'without':>9}")
-    rows = [
-        row(f"miss, {label}", *([one[key] for one in results[n]] for n in results), unit)
-        for label, key, unit in (
-            (f"first token of {MISS_TOKENS}", "latency_s", "s"),
-            ("decode", "tokens_per_s", "tokens/s"),
-        )
-    ]
+    rows = []
+    for label, key, unit in (
+        (f"miss, first token of {MISS_TOKENS}", "latency_s", "s"),
+        ("miss, decode", "tokens_per_s", "tokens/s"),
+    ):
+        with_ucm, without = ([one[key] for one in results[name]] for name in results)
+        rows.append(row(label, with_ucm, without, unit))
     print(f"\n  {'':<34} {'store':>9} {'memory':>9}")
     rows.append(row(f"hit, first token of {LONG_TOKENS}", hits["store"], hits["memory"], "s"))
     gain = cold["latency_s"] / statistics.median(hits["store"])

@@ -128,7 +128,8 @@ class Server:
         }
         started = time.monotonic()
         first = 0.0
-        text, usage = "", {}
+        text = ""
+        usage: dict[str, int] = {}
         with self._request("POST", "/v1/chat/completions", body) as response:
             if response.status != http.client.OK:
                 sys.exit(f"the server said {response.status}: {response.read().decode()}")

@@ -110,9 +110,18 @@ def test_drafts_are_not_saved_before_they_are_known(make: Make) -> None:
     side = make()
     side.add("r", TOKENS[:7])
     (save,) = side.plan_step([scheduled(0, 12, TOKENS[:7])]).saves
-    assert save.ids == (IDS[0],)
+    assert (save.ids, save.blocks) == ((IDS[0],), (50,))
     (save,) = side.plan_step([scheduled(7, 4, TOKENS[:10])]).saves
-    assert save.ids == (IDS[1],)
+    assert (save.ids, save.blocks) == ((IDS[1],), (51,))
+
+
+def test_what_is_computed_again_is_saved_again(make: Make) -> None:
+    side = make()
+    side.add("r", TOKENS)
+    side.plan_step([scheduled(0, 16)])
+    # The engine found that blocks shared with a failed load were not filled.
+    (save,) = side.plan_step([scheduled(8, 12)]).saves
+    assert (save.ids, save.blocks) == (tuple(IDS[2:5]), (52, 53, 54))
 
 
 def test_a_failed_load_is_not_claimed_again_and_its_blocks_are_saved_anew(make: Make) -> None:

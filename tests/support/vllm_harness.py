@@ -243,17 +243,16 @@ class VllmHarness:
 
     def _write(self, id: str, start: int, count: int, layer: int) -> None:
         tokens = self._requests[id].all_token_ids[: start + count]
-        kv = self.model.kv(list(tokens), layer)
+        below = self._read(id, start + count, layer - 1) if layer else None
+        kv = self.model.kv(list(tokens), layer, below)
         for position in range(start, start + count):
             block, index = divmod(position, BLOCK_TOKENS)
             self._memory[layer][self._tables[id][block], index] = kv[position]
 
-    def _sample(self, id: str, tokens: int) -> int:
+    def _read(self, id: str, tokens: int, layer: int) -> np.ndarray:
         table = self._tables[id]
-        kv = [
-            np.concatenate(
-                [memory[table[i // BLOCK_TOKENS], i % BLOCK_TOKENS] for i in range(tokens)]
-            )
-            for memory in self._memory
-        ]
-        return self.model.next_token(kv)
+        places = [divmod(position, BLOCK_TOKENS) for position in range(tokens)]
+        return np.stack([self._memory[layer][table[block], index] for block, index in places])
+
+    def _sample(self, id: str, tokens: int) -> int:
+        return self.model.next_token([self._read(id, tokens, layer) for layer in range(LAYERS)])

@@ -222,9 +222,12 @@ class ConnectorSuite:
         assert broken.metrics.counters[f"ucm_transfer_blocks|load|{failure}"] > 0
         assert broken.metrics.counters["ucm_failed_load_tokens"] > 0
         broken.close()
-        # What was computed instead was saved again or is still there, and is right.
+        # What was computed instead, and beside it, was saved again or is still there, and is right.
         engine = start(config)
-        self.check(engine, {f"last-{id}": prompt for id, prompt in prompts.items()}, 2)
+        longer = {
+            id: [*prompt, *engine.model.generate(prompt, 2)] for id, prompt in prompts.items()
+        }
+        self.check(engine, {f"last-{id}": prompt for id, prompt in longer.items()}, 2)
 
     def test_a_load_that_hangs_is_computed_and_writes_nothing_later(
         self, start: StartEngine, config: dict[str, Any]

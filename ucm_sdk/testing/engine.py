@@ -225,8 +225,10 @@ class ScriptedEngine:
         request.blocks = []
 
     def _compute(self, request: _Running, count: int, layer: int) -> None:
-        kv = self.model.kv(request.tokens[: request.computed + count], layer)
-        for position in range(request.computed, request.computed + count):
+        end = request.computed + count
+        below = self._read(request, end, layer - 1) if layer else None
+        kv = self.model.kv(request.tokens[:end], layer, below)
+        for position in range(request.computed, end):
             self._slot(request, position, layer)[:] = kv[position]
 
     def _slot(self, request: _Running, position: int, layer: int) -> NDArray[np.uint8]:
@@ -234,11 +236,8 @@ class ScriptedEngine:
         start = index * TOKEN_BYTES
         return self._memory[layer, request.blocks[block], start : start + TOKEN_BYTES]
 
-    def _read(self, request: _Running, tokens: int) -> list[NDArray[np.uint8]]:
-        return [
-            np.concatenate([self._slot(request, i, layer) for i in range(tokens)])
-            for layer in range(self.layers)
-        ]
+    def _read(self, request: _Running, tokens: int, layer: int) -> NDArray[np.uint8]:
+        return np.stack([self._slot(request, position, layer) for position in range(tokens)])
 
     def _finish_loads(self, loaded: set[str], failed: set[int], computing: set[str]) -> None:
         for id in loaded & self._orphans.keys():
@@ -262,7 +261,8 @@ class ScriptedEngine:
                 continue
             request.computed += count
             if request.computed == len(request.tokens):
-                request.tokens.append(self.model.next_token(self._read(request, request.computed)))
+                kv = [self._read(request, request.computed, n) for n in range(self.layers)]
+                request.tokens.append(self.model.next_token(kv))
             if request.done:
                 self._outputs[request.id] = request.tokens[request.prompt_tokens :]
                 self._running.remove(request)

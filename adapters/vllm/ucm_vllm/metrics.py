@@ -24,7 +24,7 @@ class UcmStats(KVConnectorStats):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.data = {}
+        self.data = Increments().to_plain()
 
     def aggregate(self, other: KVConnectorStats) -> UcmStats:
         """Return the sum of both."""
