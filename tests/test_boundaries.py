@@ -30,10 +30,11 @@ def test_the_wheel_changes_nothing_outside_its_packages() -> None:
     files = importlib.metadata.files("ucm-sdk") or []
     assert files
     for file in files:
+        if "_editable_" in str(file):
+            continue  # a developer's own installation; the test environments install the wheel
         top = file.parts[0]
-        allowed = top in {"ucm_sdk", "ucm_vllm"} or ".dist-info" in top or "_editable_" in top
-        assert allowed, file
-        assert file.suffix != ".pth" or "_editable_" in file.name, file
+        assert top in {"ucm_sdk", "ucm_vllm"} or ".dist-info" in top, file
+        assert file.suffix != ".pth", file
 
 
 def sources() -> list[Path]:

@@ -205,7 +205,8 @@ int ucm_blockfile_load(ucm_blockfile *store, const uint8_t *ids, uint32_t count,
 {
     uint64_t payload = store->piece_offset[store->piece_count];
     for (uint64_t i = 0; i < row_count; i++)
-        if (!rows[i].length || rows[i].offset > payload || rows[i].length > payload - rows[i].offset)
+        if (!rows[i].length || rows[i].offset > payload ||
+            rows[i].length > payload - rows[i].offset)
             return UCM_INVALID;
     return submit(store, ucm_blockfile_load_block, ids, count, rows, row_count, batch);
 }

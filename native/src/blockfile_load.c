@@ -135,7 +135,9 @@ static int read_pieces(ucm_worker *worker, ucm_batch *batch, uint32_t block, int
         slot_bytes = store->largest_piece;
     if (slot_bytes > memory_bytes)
         slot_bytes = memory_bytes;
-    unsigned depth = strcmp(ucm_io_name(worker->io), "sync") ? (unsigned)(memory_bytes / slot_bytes) : 1;
+    unsigned depth = 1;
+    if (ucm_io_overlaps(worker->io))
+        depth = (unsigned)(memory_bytes / slot_bytes);
     if (depth > UCM_IO_DEPTH)
         depth = UCM_IO_DEPTH;
     int status = UCM_OK;

@@ -27,6 +27,8 @@ int ucm_io_run(ucm_io *io, ucm_io_request *requests, unsigned count)
     return UCM_OK;
 }
 
+int ucm_io_overlaps(const ucm_io *io) { return io->overlaps; }
+
 const char *ucm_io_name(const ucm_io *io) { return io->name; }
 
 void ucm_io_close(ucm_io *io)

@@ -6,6 +6,7 @@
 
 struct ucm_io {
     const char *name;
+    int overlaps;
     void (*run)(ucm_io *io, ucm_io_request *requests, unsigned count);
     void (*close)(ucm_io *io);
 };

@@ -122,7 +122,7 @@ int ucm_io_uring_open(ucm_io **io)
     uring *u = calloc(1, sizeof *u);
     if (!u)
         return UCM_MEMORY;
-    u->base = (ucm_io){.name = "io_uring", .run = run, .close = close_uring};
+    u->base = (ucm_io){.name = "io_uring", .overlaps = 1, .run = run, .close = close_uring};
     int status = UCM_UNSUPPORTED;
     struct io_uring_params p = {0};
     u->ring = (int)syscall(__NR_io_uring_setup, UCM_IO_DEPTH, &p);

@@ -48,6 +48,9 @@ UCM_API int ucm_io_open(enum ucm_io_engine engine, ucm_io **io);
  */
 UCM_API int ucm_io_run(ucm_io *io, ucm_io_request *requests, unsigned count);
 
+/* Returns 1 when the requests of one run are in flight together, 0 when they follow each other. */
+UCM_API int ucm_io_overlaps(const ucm_io *io);
+
 /* Returns "sync" or "io_uring". */
 UCM_API const char *ucm_io_name(const ucm_io *io);
 
