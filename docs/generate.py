@@ -77,8 +77,8 @@ connector:
 
 A variable is the key in upper case, with two underscores between the levels:
 `UCM_STORE__DIRECTORY=/var/cache/ucm` sets `store.directory`. Its value is read as JSON where it
-is JSON, and as text otherwise: a text that looks like a number is written with quotes,
-`UCM_SALT='"2024"'`. `UCM_CONFIG_FILE` and `UCM_CACHE_DIR` are not keys.
+is JSON, and as text otherwise; a number is taken as text where text is wanted, as for `UCM_SALT`.
+`UCM_CONFIG_FILE` and `UCM_CACHE_DIR` are not keys.
 
 The configuration is checked when the engine starts. A key that is unknown, missing or wrong stops
 the start with a message that names it. That holds for variables too: one that begins with `UCM_`
@@ -135,7 +135,8 @@ LABEL_VALUES: Final[dict[tuple[str, str], dict[str, str]]] = {
     },
     ("ucm_requests", "result"): {
         "hit": "tokens were claimed from the store",
-        "miss": "nothing was claimed: not in the store, too little, or already in the engine",
+        "miss": "nothing was claimed: not in the store, or too little",
+        "local": "the engine had everything itself",
         "skipped": "not asked, as for a prompt of less than a block, or no answer in time",
     },
     ("ucm_timeouts", "operation"): {"lookup": "of a request's prefix", **OPERATIONS},

@@ -35,7 +35,7 @@ def test_ids_of_another_length_are_refused(lengths: tuple[int, ...]) -> None:
 def test_arrays_of_another_shape_are_refused() -> None:
     for array in (np.zeros((2, 31), np.uint8), np.zeros(32, np.uint8), np.zeros((1, 32), np.int8)):
         with pytest.raises(ArgumentError, match="block ids must be"):
-            as_block_ids(array)  # type: ignore[arg-type]
+            as_block_ids(array)
 
 
 def test_a_row_is_what_the_c_library_expects() -> None:
@@ -73,8 +73,8 @@ def test_layouts_differ_wherever_bytes_would() -> None:
         "block_tokens": 4, "piece_bytes": (1, 1), "kv_heads": 2, "head_size": 2,
         "dtype": "c", "packing": "d", "shards": 2,
     }  # fmt: skip
-    digests = {KVLayout(**BASE).digest()}  # type: ignore[arg-type]
-    digests |= {KVLayout(**{**BASE, name: value}).digest() for name, value in changes.items()}  # type: ignore[arg-type]
+    digests = {KVLayout(**BASE).digest()}
+    digests |= {KVLayout(**{**BASE, name: value}).digest() for name, value in changes.items()}
     assert len(digests) == len(changes) + 1
 
 
@@ -83,7 +83,7 @@ def test_layouts_differ_wherever_bytes_would() -> None:
 )
 def test_layouts_that_cannot_be_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(ArgumentError, match=f"KVLayout.{next(iter(change))}"):
-        KVLayout(**{**BASE, **change})  # type: ignore[arg-type]
+        KVLayout(**{**BASE, **change})
 
 
 def test_statuses_are_the_c_librarys() -> None:

@@ -17,14 +17,20 @@ from ucm_sdk.errors import ConfigError
 
 ENVIRONMENT_PREFIX: Final = "UCM_"
 CONFIG_FILE_KEY: Final = "config_file"
+_SECRET_KEYS: Final = {"salt"}
 T = TypeVar("T", bound=pydantic.BaseModel)
 _NOT_CONFIG: Final = {"UCM_CACHE_DIR", "UCM_CONFIG_FILE"}
 
 
 class Strict(pydantic.BaseModel):
-    """Base of every configuration value: frozen, strict about types, no unknown keys."""
+    """Base of every configuration value: frozen, and no unknown keys.
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    A number is taken as text where text is wanted: the environment cannot tell them apart.
+    """
+
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True
+    )
 
 
 def parse(model: type[T], values: Mapping[str, Any], *, where: str) -> T:
@@ -96,7 +102,8 @@ def _explain(model: type[pydantic.BaseModel], problem: Any, where: str) -> str:
         return f"{key}: unknown key; known keys are {known}"
     if problem["type"] == "missing":
         return f"{key}: required, but not set"
-    return f"{key}={problem['input']!r}: {problem['msg']}"
+    shown = "***" if key in _SECRET_KEYS else repr(problem["input"])
+    return f"{key}={shown}: {problem['msg']}"
 
 
 def _fields_at(model: type[pydantic.BaseModel], location: tuple[int | str, ...]) -> set[str]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The identity of a model's content, whatever its path.
 
-The digest covers ``config.json`` and every weight file by content.  Hashing is exact, since two
-fine-tunes of one model have files of the same names and sizes; its results are remembered per file
-by inode, size and times, so that only the first start pays.
+The digest covers ``config.json``, every weight file and the model's own code by content.  Hashing
+is exact, since two fine-tunes of one model have files of the same names and sizes; its results are
+remembered per file by inode, size and times, so that only the first start pays.
 """
 
 from __future__ import annotations
@@ -47,13 +47,15 @@ def model_identity(directory: Path, *, cache_file: Path | None = None) -> str:
         )
         raise ConfigError(msg)
     memory = _Memory(cache_file or default_cache_file())
+    code = sorted(directory.glob("*.py"))
     with ThreadPoolExecutor(max_workers=4) as pool:
-        digests = list(pool.map(memory.digest, weights))
+        digests = list(pool.map(memory.digest, weights + code))
     memory.save()
     content = {
         # Parsed, so that another indentation is not another model.
         "config": json.loads(config.read_text()),
-        "weights": sorted(digests),
+        "weights": sorted(digests[: len(weights)]),
+        "code": sorted(digests[len(weights) :]),
     }
     canonical = json.dumps(content, sort_keys=True)
     return hashlib.blake2b(canonical.encode(), digest_size=32).hexdigest()

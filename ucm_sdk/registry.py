@@ -49,7 +49,7 @@ class Registry:
         for entry in self._entry_points():
             if entry.name == name:
                 return self._import(name, entry.value)
-        msg = f"unknown {self._kind} {name!r}; known are {', '.join(self.names())}"
+        msg = f"{self._kind}.kind={name!r}: unknown; known are {', '.join(self.names())}"
         raise ConfigError(msg)
 
     def _entry_points(self) -> metadata.EntryPoints:
@@ -60,7 +60,8 @@ class Registry:
         try:
             return getattr(importlib.import_module(module), attribute)
         except ImportError as error:
-            hint = f'; install "ucm-sdk[{self._extras[name]}]"' if name in self._extras else ""
+            extra = self._extras.get(name)
+            hint = f"; install this project's extra [{extra}]" if extra else ""
             msg = f"{self._kind} {name!r} cannot be imported: {error}{hint}"
             raise ConfigError(msg) from error
         except AttributeError as error:

@@ -101,6 +101,8 @@ class Capabilities:
     """The store makes room by itself; pins and leases have a meaning."""
     prefetches: bool = False
     """``prefetch`` brings blocks nearer."""
+    open_blocks: int | None = None
+    """Most blocks of which only some pieces have been dumped, ``None`` for no limit."""
 
 
 @dataclass(frozen=True, slots=True)

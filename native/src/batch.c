@@ -120,9 +120,10 @@ int ucm_batch_wait(ucm_batch *batch, uint64_t timeout_ns)
     return done ? UCM_OK : UCM_TIMEOUT;
 }
 
-const int32_t *ucm_batch_statuses(const ucm_batch *batch)
+void ucm_batch_statuses(const ucm_batch *batch, int32_t *statuses)
 {
-    return (const int32_t *)batch->statuses;
+    for (uint32_t block = 0; block < batch->block_count; block++)
+        statuses[block] = atomic_load(&batch->statuses[block]);
 }
 
 uint64_t ucm_batch_elapsed_ns(const ucm_batch *batch)

@@ -107,6 +107,7 @@ int ucm_blockfile_open(const ucm_blockfile_options *options, ucm_pool *pool, ucm
     store->shards = options->shards;
     store->sync = options->sync != 0;
     store->opened_ns = ucm_now_ns();
+    store->abandoned_ns = options->abandoned_ns;
     atomic_init(&store->quarantine_left, options->keep_quarantined);
     memcpy(store->namespace_id, options->namespace_id, UCM_ID_BYTES);
     memcpy(store->geometry_id, options->geometry_id, UCM_ID_BYTES);

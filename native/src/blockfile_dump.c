@@ -35,10 +35,14 @@ void ucm_blockfile_give_up(ucm_blockfile *store, open_block *slot)
     pthread_mutex_unlock(&store->mutex);
 }
 
-/* Finds the slot of a block, or takes a free one, or gives up the oldest that nobody holds. */
+/*
+ * Finds the slot of a block, or takes a free one, or gives up one that nobody has continued for
+ * long: its owner has gone.  Returns NULL when every slot is in use.
+ */
 static open_block *acquire(ucm_blockfile *store, const uint8_t *id)
 {
-    open_block *free_slot = NULL, *oldest = NULL;
+    open_block *free_slot = NULL, *abandoned = NULL;
+    uint64_t now = ucm_now_ns();
     pthread_mutex_lock(&store->mutex);
     for (uint32_t i = 0; i < store->table_size; i++) {
         open_block *slot = &store->table[i];
@@ -49,20 +53,19 @@ static open_block *acquire(ucm_blockfile *store, const uint8_t *id)
         }
         if (!slot->used)
             free_slot = slot;
-        else if (!slot->users && (!oldest || slot->sequence < oldest->sequence))
-            oldest = slot;
+        else if (!slot->users && now - slot->used_ns >= store->abandoned_ns)
+            abandoned = slot;
     }
-    if (!free_slot && oldest) {
-        oldest->users = 1; /* keeps others away while the file is removed outside the lock */
-        oldest->failed = 1;
+    if (!free_slot && abandoned) {
+        abandoned->users = 1; /* keeps others away while the file is removed outside the lock */
+        abandoned->failed = 1;
         pthread_mutex_unlock(&store->mutex);
-        ucm_blockfile_give_up(store, oldest);
+        ucm_blockfile_give_up(store, abandoned);
         return acquire(store, id);
     }
     if (free_slot) {
         free_slot->used = 1;
         free_slot->users = 1;
-        free_slot->sequence = store->sequence++;
         memcpy(free_slot->block, id, UCM_ID_BYTES);
         memset(free_slot->claimed, 0, store->piece_count);
         ucm_record_init(free_slot->record, store->namespace_id, store->geometry_id, id,
@@ -76,6 +79,7 @@ static void let_go(ucm_blockfile *store, open_block *slot)
 {
     pthread_mutex_lock(&store->mutex);
     int ended = slot->users == 1 && (slot->failed || slot->published);
+    slot->used_ns = ucm_now_ns();
     if (!ended)
         slot->users--;
     pthread_mutex_unlock(&store->mutex);

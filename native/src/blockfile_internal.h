@@ -19,7 +19,7 @@ typedef struct {
     int users;         /* jobs that hold it */
     int failed;        /* never publish */
     int published;
-    uint64_t sequence; /* age, for giving up the oldest */
+    uint64_t used_ns;  /* when a job last held it, for giving up what nobody continues */
     uint32_t written;  /* pieces accepted */
     int file;
     char temporary[UCM_PATH_BYTES];
@@ -44,7 +44,7 @@ struct ucm_blockfile {
     pthread_mutex_t mutex; /* guards the table; never held over a system call */
     open_block *table;
     uint32_t table_size;
-    uint64_t sequence;
+    uint64_t abandoned_ns; /* a block that nobody continued for so long may be given up */
 };
 
 /* Writes the path of a shard of a block, relative to the store's directory. */

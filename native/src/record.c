@@ -44,8 +44,6 @@ int ucm_record_check(ucm_record *found, const ucm_record *expected)
 {
     if (memcmp(found->magic, MAGIC, sizeof MAGIC))
         return UCM_CORRUPT;
-    if (found->version != UCM_RECORD_VERSION)
-        return UCM_FORMAT;
     /* The size comes from the expected header: a damaged one must not choose what is read. */
     uint32_t crc = found->header_crc;
     found->header_crc = 0;
@@ -53,6 +51,9 @@ int ucm_record_check(ucm_record *found, const ucm_record *expected)
     found->header_crc = crc;
     if (!whole)
         return UCM_CORRUPT;
+    /* After the checksum, so that a damaged version number is damage and not a foreign record. */
+    if (found->version != UCM_RECORD_VERSION)
+        return UCM_FORMAT;
     /* Everything but the checksums must be what this block's header says: a swapped file has a
      * valid header of another block. */
     if (found->header_bytes != expected->header_bytes ||

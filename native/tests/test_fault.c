@@ -74,7 +74,8 @@ static const uint64_t SECOND_NS = 1000000000u;
 static int finish(ucm_batch *batch)
 {
     CHECK_OK(ucm_batch_wait(batch, 10 * SECOND_NS));
-    int status = ucm_batch_statuses(batch)[0];
+    int32_t status;
+    ucm_batch_statuses(batch, &status);
     ucm_batch_release(batch);
     return status;
 }

@@ -15,16 +15,16 @@ class Clock:
 def test_a_timeout_opens_at_once_and_lets_one_attempt_through_later() -> None:
     clock = Clock()
     breaker = Breaker(10, clock=clock)
-    assert breaker.allows()
+    assert breaker.allows("transfer")
     breaker.timed_out("transfer")
     assert not breaker.closed
-    assert not breaker.allows()
+    assert not breaker.allows("transfer")
     clock.now = 10.0
-    assert breaker.allows()
-    assert not breaker.allows()
+    assert breaker.allows("transfer")
+    assert not breaker.allows("transfer")
     breaker.succeeded("transfer")
     assert breaker.closed
-    assert breaker.allows()
+    assert breaker.allows("transfer")
 
 
 def test_three_failures_in_a_row_open() -> None:
@@ -44,7 +44,7 @@ def test_a_lookup_that_works_does_not_say_that_loads_do() -> None:
     breaker = Breaker(10, clock=clock)
     breaker.timed_out("transfer")
     clock.now = 10.0
-    assert breaker.allows()
+    assert breaker.allows("transfer")
     breaker.succeeded("lookup")
     assert not breaker.closed
     breaker.succeeded("transfer")

@@ -247,7 +247,6 @@ def test_damaged_files_are_computed_and_counted(
     assert tokens(result["batches"][0]) == expected[FEW]
     assert result["metrics"]["ucm_transfer_blocks_total|load|corrupt"] > 0
     assert result["metrics"]["ucm_failed_load_tokens_total"] > 0
-    assert "Recovered from KV load failure" in result["log"]
     assert tokens(result["batches"][1]) == expected[FEW]
 
 

@@ -26,6 +26,7 @@ _lib: Final[Any] = _binding.lib
 
 _NS: Final = 1_000_000_000
 _FOREVER_NS: Final = 2**62
+_ABANDONED_S: Final = 120
 ENGINES: Final = ("sync", "io_uring")
 
 
@@ -109,8 +110,10 @@ class NativeTransfer:
 
     def statuses(self) -> NDArray[np.int32]:
         """Return one ``Status`` per block."""
-        pointer = _lib.ucm_batch_statuses(self._handle)
-        return np.frombuffer(_ffi.buffer(pointer, self._blocks * 4), np.int32).copy()
+        statuses = np.empty(self._blocks, np.int32)
+        pointer = _ffi.from_buffer("int32_t[]", statuses, require_writable=True)
+        _lib.ucm_batch_statuses(self._handle, pointer)
+        return statuses
 
     def elapsed_s(self) -> float:
         """Return the seconds from submission to end, 0 before the end."""
@@ -150,6 +153,7 @@ class BlockFiles:
                 "shard": shard,
                 "shards": shards,
                 "open_blocks": open_blocks,
+                "abandoned_ns": _ABANDONED_S * _NS,
                 "sync": int(sync),
                 "keep_quarantined": keep_quarantined,
             },

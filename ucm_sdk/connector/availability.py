@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
-from ucm_sdk.errors import UcmError
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ucm_sdk.store import KVStoreBase
+
+logger = logging.getLogger(__name__)
 
 _FAILURES_TO_OPEN: Final = 3
 
@@ -42,13 +43,18 @@ class Breaker:
         """Whether the store counts as available."""
         return self._opened_at is None
 
-    def allows(self) -> bool:
-        """Whether an attempt may be made now; an open breaker lets one through per period."""
+    def allows(self, operation: Operation) -> bool:
+        """Whether an attempt may be made now.
+
+        An open breaker lets one attempt through per period, of a kind that can close it; a lookup
+        that cannot takes nobody's turn.
+        """
         if self._opened_at is None:
             return True
         if self._clock() - self._opened_at < self._retry_after_s:
             return False
-        self._opened_at = self._clock()
+        if operation in {self._opened_by, "transfer"}:
+            self._opened_at = self._clock()
         return True
 
     def succeeded(self, operation: Operation) -> None:
@@ -126,5 +132,6 @@ class LookupThread:
         while (pending := self._queue.get()) is not None:
             try:
                 pending.end(self._store.lookup_prefix(pending.ids, lease_s=self._lease_s))
-            except UcmError:
+            except Exception as error:  # noqa: BLE001 - whatever a store raises, the thread lives
+                logger.warning("a lookup failed and counts as a miss: %s", error)
                 pending.end(None)

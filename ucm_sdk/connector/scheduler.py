@@ -219,7 +219,7 @@ class SchedulerSide:
         # One token at least is computed, since its output is wanted.
         usable = (len(tokens) - 1) // self._block_tokens
         request.lookup = None
-        if self._loads and usable > first and self._breaker.allows():
+        if self._loads and usable > first and self._breaker.allows("lookup"):
             request.lookup = self._lookups.submit(request.chain.ids[first:usable], first)
         return request.lookup
 
@@ -243,13 +243,15 @@ class SchedulerSide:
             self._breaker.succeeded("lookup")
         stored = min(lookup.end_block, (len(tokens) - 1) // size) * size
         hit = max(0, stored - computed)
-        if hit < self._options.min_hit_tokens:
+        if hit < self._options.min_hit_tokens or not self._breaker.allows("transfer"):
             hit = 0
         request.matched_from = computed
         request.saved_blocks = max(request.saved_blocks, (computed + hit) // size)
+        self._recorder.set(telemetry.STORE_AVAILABLE, int(self._breaker.closed))
         if not request.counted:
             self._recorder.observe(telemetry.LOOKUP_SECONDS, lookup.elapsed_s)
-        self._count(request, "hit" if hit else "miss")
+        local = computed >= (len(tokens) - 1) // size * size
+        self._count(request, "hit" if hit else "local" if local else "miss")
         return hit
 
     def _count(self, request: _Request, result: str) -> None:
@@ -276,7 +278,7 @@ class SchedulerSide:
         request.saved_blocks = max(first, full)
         if full <= first:
             return None
-        if not self._breaker.allows():
+        if not self._breaker.allows("transfer"):
             self._recorder.count(telemetry.DROPPED_SAVES, full - first, labels=("unavailable",))
             return None
         request.chain.extend(step.tokens, request.extras)

@@ -103,11 +103,11 @@ class WorkerSide:
 
     def begin_step(self, plan: StepPlan) -> None:
         """End the saves whose memory this step overwrites."""
+        deadline = time.monotonic() + self._options.reuse_timeout_s
         for serial in plan.reused:
             save = self._saves.pop(serial, None)
             if save is None:
                 continue
-            deadline = time.monotonic() + self._options.reuse_timeout_s
             for task in save.tasks:
                 _wait(task, deadline)
             self._settle_save(serial, save, reason="memory_reused")
@@ -138,9 +138,20 @@ class WorkerSide:
 
     def save_layer(self, plan: StepPlan, layer: int) -> None:
         """Start to save one layer of the step's blocks, where saving is layer-wise."""
-        if self._options.save_mode == "layerwise" and plan.saves and not plan.loads:
+        if self._saves_layers(plan):
             for save in plan.saves:
                 self._save(save, slice(layer, layer + 1))
+
+    def _saves_layers(self, plan: StepPlan) -> bool:
+        """Whether this step's blocks are saved layer by layer.
+
+        Not beside loads, which may fail; nor more blocks than the store keeps open, with as many
+        of the step before.
+        """
+        if self._options.save_mode != "layerwise" or plan.loads:
+            return False
+        most = self._store.capabilities.open_blocks
+        return most is None or 2 * sum(len(save.blocks) for save in plan.saves) <= most
 
     def save_step(self, plan: StepPlan) -> None:
         """Save what the step has completed and finish its layer-wise loads."""

@@ -16,8 +16,8 @@ import numpy as np
 import pydantic
 
 from ucm_sdk.config import Strict
-from ucm_sdk.errors import Status
-from ucm_sdk.store import KVStoreBase, StoreContext, Transfer, open_store
+from ucm_sdk.errors import Status, UcmError
+from ucm_sdk.store import KVStoreBase, StoreContext, Transfer, check_store_options, open_store
 from ucm_sdk.types import Batch, BlockIds, Capabilities, StoreStats
 
 if TYPE_CHECKING:
@@ -43,6 +43,12 @@ class FaultyOptions(Strict):
     """Share of blocks whose dump fails."""
     failure: str = "io"
     """The status of a failed block, such as ``io``, ``corrupt``, ``no_space``."""
+
+    @pydantic.field_validator("inner")
+    @classmethod
+    def _checked_inner(cls, value: dict[str, Any]) -> dict[str, Any]:
+        check_store_options(value, where="inner")
+        return value
 
     @pydantic.field_validator("failure")
     @classmethod
@@ -75,15 +81,19 @@ class _Delayed:
         threading.Thread(target=self._run, args=(start,), daemon=True, name="ucm-faulty").start()
 
     def _run(self, start: Any) -> None:
+        refused = Status.CANCELLED
         with self._condition:
             self._condition.wait_for(lambda: self._cancelled, self.delay_s)
             if not self._cancelled:
-                self._inner = start()
+                try:
+                    self._inner = start()
+                except UcmError as error:
+                    refused = Status.BUSY if error.temporary else Status.IO
         if self._inner is not None:
             self._inner.wait(None)
         with self._condition:
             rest = [index for index in range(len(self._statuses)) if index not in self._failed]
-            final = self._inner.statuses() if self._inner is not None else Status.CANCELLED
+            final = self._inner.statuses() if self._inner is not None else refused
             self._statuses[rest] = final
             for index, status in self._failed.items():
                 self._statuses[index] = status
@@ -137,6 +147,9 @@ class FaultyStore(KVStoreBase):
     def _lookup_prefix(self, ids: BlockIds, lease_s: float) -> int:
         time.sleep(self._options.lookup_delay_s)
         return self._inner._lookup_prefix(ids, lease_s)  # noqa: SLF001
+
+    def _prefetch(self, ids: BlockIds) -> None:
+        self._inner.prefetch(ids)
 
     def _load(self, batch: Batch) -> Transfer:
         rate, delay_s = self._options.load_failure_rate, self._options.load_delay_s

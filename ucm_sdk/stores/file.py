@@ -28,7 +28,7 @@ import pydantic
 
 from ucm_sdk._native import BlockFiles, Pool
 from ucm_sdk.config import Strict
-from ucm_sdk.errors import ConfigError, StoreError
+from ucm_sdk.errors import ConfigError, UcmError
 from ucm_sdk.store import KVStoreBase, StoreContext, Transfer
 from ucm_sdk.types import Batch, BlockIds, Capabilities, StoreStats
 
@@ -64,7 +64,15 @@ class FileOptions(Strict):
     open_blocks: int = pydantic.Field(default=256, ge=1)
     """Most blocks of which only some pieces have been dumped."""
     keep_quarantined: int = pydantic.Field(default=64, ge=0)
-    """Most corrupt files set aside by a process; further ones are removed."""
+    """Most corrupt files set aside by one open store; further ones are removed."""
+
+    @pydantic.model_validator(mode="after")
+    def _enough_open_blocks(self) -> FileOptions:
+        # Every thread works on a block of its own, beside those that are open in part.
+        if self.open_blocks < 2 * self.io_threads:
+            msg = f"open_blocks={self.open_blocks} must be at least twice io_threads"
+            raise ValueError(msg)
+        return self
 
 
 class FileStore(KVStoreBase):
@@ -81,14 +89,16 @@ class FileStore(KVStoreBase):
         """
         super().__init__(context)
         self._options = options
-        self._directory = _prepare(options.directory, context)
+        self._directory = _prepare(options.directory, context, durable=options.durability == "each")
         self._open()
         _remove_orphans(self._directory / "tmp")
 
     @property
     def capabilities(self) -> Capabilities:
         """Persistent and shared; keeps what it has until somebody deletes it."""
-        return Capabilities(persistent=True, shared=True, evicts=False)
+        return Capabilities(
+            persistent=True, shared=True, evicts=False, open_blocks=self._options.open_blocks
+        )
 
     @property
     def directory(self) -> Path:
@@ -118,7 +128,7 @@ class FileStore(KVStoreBase):
                 sync=options.durability == "each",
                 keep_quarantined=options.keep_quarantined,
             )
-        except StoreError as error:
+        except UcmError as error:
             self._pool.close(1.0)
             msg = f"store.directory={options.directory}: {error}"
             raise ConfigError(msg) from error
@@ -166,7 +176,7 @@ NFSStore = FileStore
 """The same store by the name that says where it is mostly used: on a network mount."""
 
 
-def _prepare(root: Path, context: StoreContext) -> Path:
+def _prepare(root: Path, context: StoreContext, *, durable: bool) -> Path:
     """Check the root and make the directories of the namespace and geometry."""
     where = f"store.directory={root}"
     if not root.is_absolute():
@@ -185,6 +195,8 @@ def _prepare(root: Path, context: StoreContext) -> Path:
         _describe(directory / "geometry.json", json.loads(layout.canonical()))
         for name in ("tmp", "quarantine"):
             (directory / name).mkdir(exist_ok=True, mode=0o700)
+        if durable:
+            _make_durable(directory, root)
     except OSError as error:
         if directory.is_dir() and (directory / "tmp").is_dir():
             logger.warning("%s: cannot be written (%s); blocks are only loaded", where, error)
@@ -194,13 +206,25 @@ def _prepare(root: Path, context: StoreContext) -> Path:
     return directory
 
 
+def _make_durable(directory: Path, root: Path) -> None:
+    """Make every directory that a block may be renamed into, and put them on the medium."""
+    for number in range(256):
+        (directory / f"{number:02x}").mkdir(exist_ok=True, mode=0o700)
+    for folder in (directory, directory.parent, root):
+        file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+
 def _check_version(root: Path) -> None:
     marker = root / _MARKER
     if not marker.exists():
         _describe(marker, {"format_version": FORMAT_VERSION})
     try:
         version = json.loads(marker.read_text())["format_version"]
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         version = "unreadable"
     if version != FORMAT_VERSION:
         msg = (

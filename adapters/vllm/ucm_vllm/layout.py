@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,7 +14,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAttentionSpec
 
-from ucm_sdk import KVLayout, Namespace
+from ucm_sdk import KVLayout, KVStoreBase, Namespace, StoreContext, open_store
 from ucm_sdk.connector import KVMemory, UcmConfig
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.model_identity import model_identity
@@ -83,7 +85,9 @@ def _model_directory(config: VllmConfig) -> Path:
         return Path(model.model)
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(model.model, "config.json", revision=model.revision)
+    found = None
+    with contextlib.suppress(ValueError):  # a name that no hub knows
+        found = try_to_load_from_cache(model.model, "config.json", revision=model.revision)
     if isinstance(found, str):
         return Path(found).parent
     msg = (
@@ -103,6 +107,15 @@ def _rope(hf_config: Any) -> dict[str, Any]:
     return rope
 
 
+def _config_digest(hf_config: Any) -> str:
+    """Return the digest of the configuration in force, without what says where it came from."""
+    values = hf_config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        values.pop(name, None)
+    canonical = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.blake2b(canonical.encode(), digest_size=32).hexdigest()
+
+
 def make_namespace(config: VllmConfig, kv_config: KVCacheConfig, ucm: UcmConfig) -> Namespace:
     """Return the identity of what this engine computes; the same in all of its processes."""
     spec = check_supported(config, kv_config)
@@ -110,9 +123,9 @@ def make_namespace(config: VllmConfig, kv_config: KVCacheConfig, ucm: UcmConfig)
     extra: dict[str, Any] = {}
     if config.load_config.load_format == "dummy":
         extra["random_weights_seed"] = model.seed
-    if model.hf_overrides:
-        # config.json no longer says all; a function is known by its name only.
-        extra["hf_overrides"] = json.loads(json.dumps(model.hf_overrides, default=str))
+    if model.hf_overrides or model.hf_config_path:
+        # The config.json beside the weights is not what the engine computes by.
+        extra["config"] = _config_digest(model.hf_config)
     if config.speculative_config is not None:
         # A draft model's layers may lie beside the model's.
         extra["speculative"] = [
@@ -129,6 +142,19 @@ def make_namespace(config: VllmConfig, kv_config: KVCacheConfig, ucm: UcmConfig)
         extra=extra,
         salt=ucm.salt,
     )
+
+
+def open_shared_store(ucm: UcmConfig, context: StoreContext) -> KVStoreBase:
+    """Open the store; raises ``ConfigError`` for one that vLLM's processes could not share."""
+    store = open_store(ucm.store, context)
+    if not store.capabilities.shared:
+        store.close()
+        msg = (
+            f"store.kind={ucm.store['kind']!r} lives in one process, and vLLM's scheduler and "
+            "workers are several: use a store that they can share, such as 'file'"
+        )
+        raise ConfigError(msg)
+    return store
 
 
 def make_memory(

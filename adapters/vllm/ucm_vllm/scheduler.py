@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, overload
 
-from ucm_sdk import StoreContext, open_store
+from ucm_sdk import StoreContext
 from ucm_sdk.connector import ScheduledRequest, SchedulerSide, StepPlan, WorkerReport
 from ucm_sdk.telemetry import Increments, Recorder
-from ucm_vllm.layout import make_layout, make_namespace
+from ucm_vllm.layout import make_layout, make_namespace, open_shared_store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,7 +59,7 @@ class VllmScheduler:
         )
         role = config.kv_transfer_config.kv_role
         self._side = SchedulerSide(
-            open_store(ucm.store, context),
+            open_shared_store(ucm, context),
             ucm.connector,
             ranks=config.parallel_config.world_size,
             loads=role != "kv_producer",

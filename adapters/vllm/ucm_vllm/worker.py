@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
-from ucm_sdk import StoreContext, open_store
+from ucm_sdk import StoreContext
 from ucm_sdk.connector import StepPlan, StepResult, WorkerReport, WorkerSide
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.telemetry import Increments, Recorder
-from ucm_vllm.layout import make_layout, make_memory, make_namespace
+from ucm_vllm.layout import make_layout, make_memory, make_namespace, open_shared_store
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ class VllmWorker:
             shard=get_tensor_model_parallel_rank(),
             recorder=Recorder(),
         )
-        self._store = open_store(ucm.store, self._context)
+        self._store = open_shared_store(ucm, self._context)
         self._layers = {
             name: index for index, name in enumerate(kv_config.kv_cache_groups[0].layer_names)
         }

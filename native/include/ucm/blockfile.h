@@ -27,7 +27,8 @@ typedef struct {
     const uint32_t *piece_bytes; /* piece_count lengths, each 1 to the pool's scratch_bytes */
     uint32_t piece_count;        /* 1 to 65536 */
     uint32_t shard, shards;      /* this handle's shard of `shards` */
-    uint32_t open_blocks;        /* most partly dumped blocks at a time */
+    uint32_t open_blocks;        /* most blocks being dumped at a time; one more is BUSY */
+    uint64_t abandoned_ns;       /* a partly dumped block that nobody continues makes room then */
     uint32_t sync;               /* 1: fsync file and directory before a block becomes visible */
     uint32_t keep_quarantined;   /* most corrupt files kept by this handle; then they are removed */
 } ucm_blockfile_options;
@@ -57,7 +58,8 @@ UCM_API int ucm_blockfile_load(ucm_blockfile *store, const uint8_t *ids, uint32_
 /*
  * Starts writing whole pieces: each row is exactly one piece.  A block may be dumped over several
  * batches, in any order; it becomes visible when its last piece has been written, and is given up
- * when any of its pieces fails.  A block or piece that is there already is left as it is.
+ * when any of its pieces fails or nobody continues it for `abandoned_ns`.  A block or piece that is
+ * there already is left as it is.
  */
 UCM_API int ucm_blockfile_dump(ucm_blockfile *store, const uint8_t *ids, uint32_t count,
                                const ucm_row *rows, uint64_t row_count, ucm_batch **batch);

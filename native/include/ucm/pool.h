@@ -65,8 +65,8 @@ UCM_API int ucm_batch_done(ucm_batch *batch);
 /* See above.  Blocks that had not ended get UCM_CANCELLED. */
 UCM_API void ucm_batch_cancel(ucm_batch *batch);
 
-/* Returns one status per block, valid until ucm_batch_release; UCM_PENDING before its end. */
-UCM_API const int32_t *ucm_batch_statuses(const ucm_batch *batch);
+/* Copies the status of every block, one per id of the batch; UCM_PENDING before its end. */
+UCM_API void ucm_batch_statuses(const ucm_batch *batch, int32_t *statuses);
 
 /* Returns the nanoseconds from submission to the end of the last block, 0 before. */
 UCM_API uint64_t ucm_batch_elapsed_ns(const ucm_batch *batch);
