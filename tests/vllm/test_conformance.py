@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_harness import VllmHarness
 
 from ucm_sdk.testing import ConnectorSuite
 from ucm_sdk.testing.connector_suite import StartEngine, prompt_of
+from vllm_harness import VllmHarness
 
 
 @pytest.fixture

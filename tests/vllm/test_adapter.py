@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: MIT
+"""What the adapter accepts and refuses, and what it takes for another identity."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import vllm
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
+
+import ucm_vllm
+from ucm_sdk import StoreContext
+from ucm_sdk.connector import load_config
+from ucm_sdk.errors import ConfigError
+from ucm_vllm import compat
+from ucm_vllm.layout import (
+    check_supported,
+    make_layout,
+    make_memory,
+    make_namespace,
+    open_shared_store,
+)
+
+SPEC = FullAttentionSpec(block_size=32, num_kv_heads=3, head_size=64, dtype=torch.float32)
+NAMES = ["b.1.attn", "a.0.attn"]
+UCM = load_config({"store": {"kind": "memory", "area": "adapter"}}, environment={})
+
+
+def kv_config(*specs: Any, blocks: int = 5) -> KVCacheConfig:
+    groups = [KVCacheGroupSpec(NAMES, spec) for spec in specs or (SPEC,)]
+    return KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups)
+
+
+def engine_config(model_path: Path, **arguments: Any) -> Any:
+    values = {"dtype": "float32", "enforce_eager": True, "block_size": 32, **arguments}
+    return EngineArgs(model=str(model_path), max_model_len=512, **values).create_engine_config()
+
+
+@pytest.fixture(scope="module")
+def config(model_path: Path) -> Any:
+    return engine_config(model_path)
+
+
+def test_both_names_are_registered_and_importable() -> None:
+    ucm_vllm.register()
+    ucm_vllm.register()
+    for name in ("UcmConnector", "KVStoreConnector"):
+        found = KVConnectorFactory.get_connector_class_by_name(name)
+        assert found is getattr(ucm_vllm, name)
+        assert issubclass(found, ucm_vllm.UcmConnector)
+    with pytest.raises(AttributeError, match="no attribute 'Other'"):
+        _ = ucm_vllm.Other
+
+
+def test_the_installed_vllm_is_a_tested_one() -> None:
+    assert compat.check_version() is None
+    assert vllm.__version__.startswith("0.32")
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.9.2", "0.23.0"])
+def test_an_older_vllm_is_refused(version: str) -> None:
+    with pytest.raises(ConfigError, match=rf"vLLM {version} is too old.*use 0\.32 or later"):
+        compat.check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.33.0", "1.0.0rc1", "dev"])
+def test_an_untested_vllm_is_warned_about(version: str) -> None:
+    assert version in str(compat.check_version(version))
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        ((SPEC, SPEC), "one kind of KV cache; this one has 2 groups"),
+        (
+            (
+                SlidingWindowSpec(
+                    block_size=32,
+                    num_kv_heads=3,
+                    head_size=64,
+                    dtype=torch.float32,
+                    sliding_window=64,
+                ),
+            ),
+            "not SlidingWindowSpec",
+        ),
+        (
+            (MambaSpec(block_size=32, shapes=((1,),), dtypes=(torch.float32,)),),
+            "not MambaSpec",
+        ),
+        ((dataclasses.replace(SPEC, sliding_window=64),), "not sliding_window=64"),
+        ((dataclasses.replace(SPEC, attention_chunk_size=64),), "not attention_chunk_size=64"),
+        ((dataclasses.replace(SPEC, non_causal=True),), "causal full attention"),
+    ],
+)
+def test_models_that_would_be_served_wrongly_are_refused(
+    config: Any, specs: tuple[Any, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"{message}.*start vLLM without"):
+        check_supported(config, kv_config(*specs))
+
+
+@pytest.mark.parametrize("name", ["pipeline_parallel_size", "decode_context_parallel_size"])
+def test_parallelism_that_is_not_served_is_refused(
+    config: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(config.parallel_config, name, 2)
+    with pytest.raises(ConfigError, match=f"{name}=2"):
+        check_supported(config, kv_config())
+
+
+def test_a_gpu_is_refused(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(compat.current_platform), "is_cpu", lambda self: False)
+    with pytest.raises(ConfigError, match="CPU platform only"):
+        check_supported(config, kv_config())
+
+
+def test_a_store_that_processes_cannot_share_is_refused(config: Any) -> None:
+    context = StoreContext(
+        make_namespace(config, kv_config(), UCM), make_layout(config, kv_config())
+    )
+    with pytest.raises(ConfigError, match=r"store\.kind='memory' lives in one process"):
+        open_shared_store(UCM, context)
+
+
+def test_memory_is_where_vllm_put_it(config: Any) -> None:
+    layout = make_layout(config, kv_config())
+    caches = {name: torch.zeros(5, 3, 32, 128) for name in reversed(NAMES)}
+    memory = make_memory(kv_config(), layout, caches)
+    assert layout.piece_bytes == (49152, 49152)
+    addresses = memory.addresses([0, 4], slice(None))
+    for row, block in enumerate((0, 4)):
+        for piece, name in enumerate(NAMES):
+            assert addresses[row, piece] == caches[name][block].data_ptr()
+
+
+def test_kernel_blocks_that_are_parts_of_a_block_are_put_together(config: Any) -> None:
+    layout = make_layout(config, kv_config())
+    caches = {name: torch.zeros(10, 3, 16, 128) for name in NAMES}
+    memory = make_memory(kv_config(), layout, caches)
+    assert memory.addresses([3], slice(0, 1))[0, 0] == caches[NAMES[0]][6].data_ptr()
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        torch.zeros(5, 3, 32, 64),
+        torch.zeros(7, 3, 32, 128),
+        torch.zeros(5, 32, 3, 128).transpose(1, 2),
+        torch.zeros(2, 5, 3, 32, 64),
+    ],
+    ids=["size", "blocks", "strides", "another order"],
+)
+def test_memory_of_another_form_is_refused(config: Any, cache: torch.Tensor) -> None:
+    layout = make_layout(config, kv_config())
+    with pytest.raises(ConfigError, match="is not 5 pages of 49152 bytes"):
+        make_memory(kv_config(), layout, dict.fromkeys(NAMES, cache))
+
+
+def test_every_setting_that_changes_values_is_another_namespace(
+    config: Any, model_path: Path, tmp_path: Path
+) -> None:
+    def digest(config: Any, ucm: Any = UCM) -> str:
+        return make_namespace(config, kv_config(), ucm).digest().hex()
+
+    other_config = json.loads((model_path / "config.json").read_text())
+    other_config["rms_norm_eps"] = 0.5
+    (tmp_path / "config.json").write_text(json.dumps(other_config))
+    salted = load_config({"store": UCM.store, "salt": "x"}, environment={})
+    named = load_config({"store": UCM.store, "model_identity": "x"}, environment={})
+    digests = [
+        digest(config),
+        digest(config, salted),
+        digest(config, named),
+        digest(engine_config(model_path, dtype="bfloat16")),
+        digest(engine_config(model_path, hf_overrides={"rms_norm_eps": 0.25})),
+        digest(engine_config(model_path, hf_config_path=str(tmp_path))),
+        digest(engine_config(model_path, load_format="dummy")),
+    ]
+    assert len(set(digests)) == len(digests)
+    assert digest(engine_config(model_path, max_num_seqs=2)) == digests[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "has no config.json"),
+        ("nobody/no-such-model", "not in the local cache"),
+        ("/no/such/path", "not in the local cache"),
+    ],
+)
+def test_a_model_that_cannot_be_identified_says_what_to_set(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    monkeypatch.setattr(config.model_config, "model", name or str(tmp_path))
+    with pytest.raises(ConfigError, match=f"{message}.*set `model_identity`"):
+        make_namespace(config, kv_config(), UCM)
