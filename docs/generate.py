@@ -147,7 +147,6 @@ LABEL_VALUES: Final[dict[tuple[str, str], dict[str, str]]] = {
         "failed": "the dump failed, see `ucm_transfer_blocks_total`",
         "timeout": "not finished within `save_timeout_s`",
         "memory_reused": "not finished within `reuse_timeout_s` of the engine needing the memory",
-        "failed_load": "computed in the same step as a layer-wise load that failed",
     },
 }
 """What each label may be; a label without an entry stops the script."""

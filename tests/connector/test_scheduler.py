@@ -130,7 +130,7 @@ def test_a_failed_load_is_not_claimed_again_and_its_blocks_are_saved_anew(make: 
     match(side, "r", TOKENS, 0)
     side.allocated("r", BLOCKS, 20)
     side.plan_step([])
-    side.update(WorkerReport(loads_failed=1, failed_requests={"r": 3}))
+    side.update(WorkerReport(failed_requests={"r": 3}))
     assert match(side, "r", TOKENS, 0) == 0
     (save,) = side.plan_step([scheduled(8, 12)]).saves
     assert save.ids[:2] == tuple(IDS[:2])

@@ -63,10 +63,12 @@ class WorkerReport:
 
     ended_saves: dict[int, int] = field(default_factory=dict)
     """Number of ranks on which a save has ended, well or not, by serial."""
+    held_saves: set[int] = field(default_factory=set)
+    """Saves that were not begun because a load beside them failed; they may be planned again."""
     transfers_ok: int = 0
     """Loads and saves of which every block went well."""
-    loads_failed: int = 0
-    """Loads with a missing, corrupt or unreadable block."""
+    store_errors: int = 0
+    """Loads that the store could not serve; a missing or corrupt block is not its failure."""
     timeouts: int = 0
     """Loads and saves that were given up for their time."""
     failed_requests: dict[str, int] = field(default_factory=dict)
@@ -77,7 +79,7 @@ class WorkerReport:
         return bool(
             self.ended_saves
             or self.transfers_ok
-            or self.loads_failed
+            or self.store_errors
             or self.timeouts
             or self.failed_requests
         )
@@ -86,8 +88,9 @@ class WorkerReport:
         """Add another rank's report, or a later one."""
         for serial, ranks in other.ended_saves.items():
             self.ended_saves[serial] = self.ended_saves.get(serial, 0) + ranks
+        self.held_saves |= other.held_saves
         self.transfers_ok += other.transfers_ok
-        self.loads_failed += other.loads_failed
+        self.store_errors += other.store_errors
         self.timeouts += other.timeouts
         for request, blocks in other.failed_requests.items():
             self.failed_requests[request] = max(self.failed_requests.get(request, 0), blocks)

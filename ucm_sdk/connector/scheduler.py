@@ -55,6 +55,9 @@ class _Request:
 
 @dataclass(slots=True)
 class _Save:
+    request: str
+    first: int
+    """Index of its first block in the request."""
     blocks: tuple[int, ...]
     ranks_left: int
 
@@ -166,32 +169,34 @@ class SchedulerSide:
     def plan_step(self, scheduled: Iterable[ScheduledRequest]) -> StepPlan:
         """Return what the workers do in this step."""
         planned, self._next = self._next, _Planned()
-        saves = []
+        saves: dict[SavePlan, _Save] = {}
         idle = True
         for step in scheduled:
             idle = False
             if self._saving_blocks:
                 # All that follow too: drafts may be written beyond the scheduled tokens.
                 planned.written.update(step.blocks[step.computed_tokens // self._block_tokens :])
-            save = self._plan_save(step)
-            if save is not None:
-                saves.append(save)
+            self._plan_save(step, saves)
         # Before the new saves are noted: their blocks are complete after this step only.
         reused = {
             self._saving_blocks[block] for block in planned.written & self._saving_blocks.keys()
         }
-        for save in saves:
-            self._saving[save.serial] = _Save(save.blocks, self._ranks)
-            self._saving_blocks.update(dict.fromkeys(save.blocks, save.serial))
+        for plan, save in saves.items():
+            self._saving[plan.serial] = save
+            self._saving_blocks.update(dict.fromkeys(plan.blocks, plan.serial))
         return StepPlan(tuple(planned.loads), tuple(saves), tuple(sorted(reused)), idle)
 
     def update(self, report: WorkerReport) -> None:
         """Take what the workers report."""
+        for serial in report.held_saves & self._saving.keys():
+            save = self._saving[serial]
+            if (request := self._requests.get(save.request)) is not None:
+                request.saved_blocks = min(request.saved_blocks, save.first)
         for serial, ranks in report.ended_saves.items():
             self._ended_save(serial, ranks)
         if report.timeouts:
             self._open_breaker("transfer")
-        elif report.loads_failed:
+        elif report.store_errors:
             self._breaker.failed("transfer")
         elif report.transfers_ok:
             self._breaker.succeeded("transfer")
@@ -266,10 +271,11 @@ class SchedulerSide:
         self._breaker.timed_out(operation)
         self._recorder.set(telemetry.STORE_AVAILABLE, 0)
 
-    def _plan_save(self, step: ScheduledRequest) -> SavePlan | None:
+    def _plan_save(self, step: ScheduledRequest, saves: dict[SavePlan, _Save]) -> None:
+        """Add the blocks that a request's step completes to ``saves``."""
         request = self._requests.get(step.id)
         if request is None or not self._saves:
-            return None
+            return
         size = self._block_tokens
         # Only tokens that are known have an id; a draft may still be rejected.
         full = min(step.computed_tokens + step.scheduled_tokens, len(step.tokens)) // size
@@ -277,14 +283,15 @@ class SchedulerSide:
         first = min(request.saved_blocks, step.computed_tokens // size)
         request.saved_blocks = max(first, full)
         if full <= first:
-            return None
+            return
         if not self._breaker.allows("transfer"):
             self._recorder.count(telemetry.DROPPED_SAVES, full - first, labels=("unavailable",))
-            return None
+            return
         request.chain.extend(step.tokens, request.extras)
         self._serial += 1
-        ids = tuple(request.chain.ids[first:full])
-        return SavePlan(self._serial, ids, tuple(step.blocks[first:full]))
+        blocks = tuple(step.blocks[first:full])
+        plan = SavePlan(self._serial, tuple(request.chain.ids[first:full]), blocks)
+        saves[plan] = _Save(step.id, first, blocks, self._ranks)
 
     def _ended_save(self, serial: int, ranks: int) -> None:
         save = self._saving.get(serial)

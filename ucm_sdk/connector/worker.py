@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 _IDLE_WAIT_S: Final = 0.001
 _LOG_EVERY_S: Final = 60.0
+_STORE_ERRORS: Final = [Status.IO, Status.ACCESS, Status.MEMORY, Status.CLOSED]
+"""What says that the store is not there; a block that is missing or corrupt does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,8 @@ class _LayerLoads:
     plans: tuple[LoadPlan, ...]
     tasks: list[Task]
     deadline: float
+    refused: Status
+    """Not ``OK`` when the store did not accept every layer."""
 
 
 @dataclass(slots=True)
@@ -125,7 +129,7 @@ class WorkerSide:
                 task = self._store.load(self._batch(load), owners=self._memory.owners)
             except UcmError as error:
                 self._log("load", error)
-                self._failed_load(load, range(len(load.blocks)))
+                self._settle_load(load, np.full(len(load.blocks), _status_of(error), np.int32))
                 self._result.loaded.add(load.request)
                 continue
             self._loads.append(_Load(load, task, deadline))
@@ -159,9 +163,7 @@ class WorkerSide:
         for save in plan.saves:
             if failed:
                 # Whatever was computed beside a failed load may rest on it.
-                self._recorder.count(
-                    telemetry.DROPPED_SAVES, len(save.blocks), labels=("failed_load",)
-                )
+                self._result.report.held_saves.add(save.serial)
                 self._ended_save(save.serial)
             elif save.serial not in self._saves:
                 self._save(save, slice(None))
@@ -197,55 +199,54 @@ class WorkerSide:
         ids = [id for plan in plans for id in plan.ids]
         blocks = [block for plan in plans for block in plan.blocks]
         whole = LoadPlan("", tuple(ids), tuple(blocks))
-        tasks = []
+        tasks: list[Task] = []
+        refused = Status.OK
         try:
             for layer in range(len(self._lengths)):
                 batch = self._batch(whole, slice(layer, layer + 1))
                 tasks.append(self._store.load(batch, owners=self._memory.owners))
         except UcmError as error:
             self._log("load", error)
+            refused = _status_of(error)
             for task in tasks:
                 task.cancel()
-        self._layer_loads = _LayerLoads(plans, tasks, deadline)
+        self._layer_loads = _LayerLoads(plans, tasks, deadline, refused)
 
     def _finish_layer_loads(self) -> bool:
         """Return whether any block of the step's layer-wise loads failed."""
         loads, self._layer_loads = self._layer_loads, None
         if loads is None:
             return False
-        failed = np.zeros(sum(len(plan.blocks) for plan in loads.plans), np.bool_)
+        worst = np.full(sum(len(plan.blocks) for plan in loads.plans), loads.refused, np.int32)
         for task in loads.tasks:
             if not _wait(task, loads.deadline):
                 self._give_up(task, "load")
-            failed |= task.statuses != Status.OK
-        if len(loads.tasks) < len(self._lengths):
-            failed[:] = True
+            worst = np.where(worst == Status.OK, task.statuses, worst)
         first = 0
         for plan in loads.plans:
             end = first + len(plan.blocks)
-            self._settle_load(plan, failed[first:end])
+            self._settle_load(plan, worst[first:end])
             first = end
-        return bool(failed.any())
+        return bool(worst.any())
 
     def _ended_load(self, load: _Load, now: float) -> bool:
         if not load.task.done():
             if now <= load.deadline:
                 return False
             self._give_up(load.task, "load")
-        self._settle_load(load.plan, load.task.statuses != Status.OK)
+        self._settle_load(load.plan, load.task.statuses)
         self._result.loaded.add(load.plan.request)
         return True
 
-    def _settle_load(self, plan: LoadPlan, failed: NDArray[np.bool_]) -> None:
-        if failed.any():
-            self._failed_load(plan, np.flatnonzero(failed).tolist())
-        else:
-            self._result.report.transfers_ok += 1
-
-    def _failed_load(self, plan: LoadPlan, indices: Sequence[int]) -> None:
-        self._result.failed_blocks.update(plan.blocks[index] for index in indices)
-        self._result.report.loads_failed += 1
-        self._result.report.failed_requests[plan.request] = len(plan.blocks) - indices[0]
+    def _settle_load(self, plan: LoadPlan, statuses: NDArray[np.int32]) -> None:
+        failed = np.flatnonzero(statuses != Status.OK).tolist()
+        report = self._result.report
+        if not failed:
+            report.transfers_ok += 1
+            return
+        self._result.failed_blocks.update(plan.blocks[index] for index in failed)
+        report.failed_requests[plan.request] = len(plan.blocks) - failed[0]
+        report.store_errors += int(np.isin(statuses, _STORE_ERRORS).any())
 
     # Saves.
 
@@ -303,6 +304,11 @@ class WorkerSide:
         if now - self._logged.get(operation, -_LOG_EVERY_S) >= _LOG_EVERY_S:
             self._logged[operation] = now
             logger.warning("a %s failed and the engine goes on without it: %s", operation, what)
+
+
+def _status_of(error: UcmError) -> Status:
+    """Return the status of blocks whose transfer was refused at the call."""
+    return Status.BUSY if error.temporary else Status.IO
 
 
 def _wait(task: Task, deadline: float) -> bool:

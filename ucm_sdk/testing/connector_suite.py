@@ -227,7 +227,8 @@ class ConnectorSuite:
         # Whatever was saved meanwhile is right.
         engine = start(config)
         self.check(engine, {f"last-{id}": [*prompt, 1] for id, prompt in longer.items()}, 2)
-        assert all(engine.hit_tokens(f"last-{id}") >= 8 * size for id in longer)
+        if failure != "io":  # several I/O errors in a row pause the saves too
+            assert all(engine.hit_tokens(f"last-{id}") >= 8 * size for id in longer)
 
     def test_a_load_that_hangs_is_computed_and_writes_nothing_later(
         self, start: StartEngine, config: dict[str, Any]
