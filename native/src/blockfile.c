@@ -102,6 +102,7 @@ int ucm_blockfile_open(const ucm_blockfile_options *options, ucm_pool *pool, ucm
     if (!store)
         return UCM_MEMORY;
     pthread_mutex_init(&store->mutex, NULL);
+    pthread_cond_init(&store->changed, NULL);
     store->pool = pool;
     store->shard = options->shard;
     store->shards = options->shards;
@@ -146,6 +147,7 @@ void ucm_blockfile_close(ucm_blockfile *store)
     free(store->piece_offset);
     if (store->directory >= 0)
         close(store->directory);
+    pthread_cond_destroy(&store->changed);
     pthread_mutex_destroy(&store->mutex);
     free(store);
 }

@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { PARTS = 64 }; /* pieces in one write */
@@ -19,6 +20,7 @@ static void reset_slot(open_block *slot)
     slot->users = 0;
     slot->failed = 0;
     slot->published = 0;
+    slot->ended = 0;
     slot->written = 0;
     slot->file = -1;
     slot->temporary[0] = '\0';
@@ -82,6 +84,7 @@ static void let_go(ucm_blockfile *store, open_block *slot)
     slot->used_ns = ucm_now_ns();
     if (!ended)
         slot->users--;
+    pthread_cond_broadcast(&store->changed);
     pthread_mutex_unlock(&store->mutex);
     if (ended)
         ucm_blockfile_give_up(store, slot);
@@ -228,38 +231,75 @@ static int accept(ucm_blockfile *store, ucm_batch *batch, open_block *slot, uint
     return complete;
 }
 
-static void fail(ucm_blockfile *store, open_block *slot)
+static void end(ucm_blockfile *store, open_block *slot, int result)
 {
     pthread_mutex_lock(&store->mutex);
     slot->failed = !slot->published;
+    slot->ended = 1;
+    slot->result = result;
+    pthread_cond_broadcast(&store->changed);
     pthread_mutex_unlock(&store->mutex);
+}
+
+/*
+ * Waits for the jobs that write the rest of a block, each of which runs on a thread of its own:
+ * whoever dumps a whole block is told that it is there when it is, whoever wrote it.  Returns
+ * UCM_BUSY when they gave up and the block has to be written anew.
+ */
+static int await_others(ucm_blockfile *store, ucm_batch *batch, open_block *slot)
+{
+    int status = UCM_BUSY;
+    pthread_mutex_lock(&store->mutex);
+    while (!slot->ended && slot->users > 1 && !atomic_load(&batch->cancelled)) {
+        struct timespec soon;
+        clock_gettime(CLOCK_REALTIME, &soon);
+        soon.tv_sec += 1; /* a cancellation does not signal */
+        pthread_cond_timedwait(&store->changed, &store->mutex, &soon);
+    }
+    if (slot->ended && slot->published)
+        status = slot->result;
+    pthread_mutex_unlock(&store->mutex);
+    return status;
+}
+
+static int dump_once(ucm_worker *worker, ucm_batch *batch, uint32_t block, const char *path)
+{
+    ucm_blockfile *store = batch->store;
+    if (!faccessat(store->directory, path, F_OK, 0))
+        return store->sync ? sync_directory(store, path) : UCM_OK;
+    open_block *slot = acquire(store, batch->ids + (size_t)block * UCM_ID_BYTES);
+    if (!slot)
+        return UCM_BUSY;
+    const ucm_row *first = batch->rows + batch->first_row[block];
+    const ucm_row *last = batch->rows + batch->first_row[block + 1];
+    uint32_t written = 0;
+    int complete = 0;
+    int status = open_temporary(store, slot);
+    if (!status)
+        status = write_rows(worker, store, slot, first, last, &written);
+    if (!status)
+        complete = accept(store, batch, slot, written);
+    if (!status && !complete && atomic_load(&batch->cancelled))
+        status = UCM_CANCELLED;
+    if (complete)
+        status = publish(worker, store, slot);
+    if (status || complete)
+        end(store, slot, status);
+    else if (last - first >= store->piece_count)
+        status = await_others(store, batch, slot);
+    let_go(store, slot);
+    return status;
 }
 
 int ucm_blockfile_dump_block(ucm_worker *worker, ucm_batch *batch, uint32_t block)
 {
+    enum { ATTEMPTS = 3 };
     ucm_blockfile *store = batch->store;
-    const uint8_t *id = batch->ids + (size_t)block * UCM_ID_BYTES;
     char path[UCM_PATH_BYTES];
-    ucm_blockfile_path(id, store->shard, path);
-    if (!faccessat(store->directory, path, F_OK, 0))
-        return UCM_OK;
-    open_block *slot = acquire(store, id);
-    if (!slot)
-        return UCM_BUSY;
-    uint32_t written = 0;
-    int status = open_temporary(store, slot);
-    if (!status)
-        status = write_rows(worker, store, slot, batch->rows + batch->first_row[block],
-                            batch->rows + batch->first_row[block + 1], &written);
-    if (!status) {
-        int complete = accept(store, batch, slot, written);
-        if (atomic_load(&batch->cancelled) && !complete)
-            status = UCM_CANCELLED;
-        else if (complete)
-            status = publish(worker, store, slot);
-    }
-    if (status)
-        fail(store, slot);
-    let_go(store, slot);
+    ucm_blockfile_path(batch->ids + (size_t)block * UCM_ID_BYTES, store->shard, path);
+    int status = UCM_BUSY;
+    for (int attempt = 0; attempt < ATTEMPTS && status == UCM_BUSY; attempt++)
+        status = atomic_load(&batch->cancelled) ? UCM_CANCELLED
+                                                : dump_once(worker, batch, block, path);
     return status;
 }

@@ -19,6 +19,8 @@ typedef struct {
     int users;         /* jobs that hold it */
     int failed;        /* never publish */
     int published;
+    int ended;         /* publishing has ended with `result` */
+    int result;
     uint64_t used_ns;  /* when a job last held it, for giving up what nobody continues */
     uint32_t written;  /* pieces accepted */
     int file;
@@ -42,6 +44,7 @@ struct ucm_blockfile {
     _Atomic uint64_t names;
     _Atomic uint32_t quarantine_left;
     pthread_mutex_t mutex; /* guards the table; never held over a system call */
+    pthread_cond_t changed; /* a slot was published, failed or let go */
     open_block *table;
     uint32_t table_size;
     uint64_t abandoned_ns; /* a block that nobody continued for so long may be given up */
