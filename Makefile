@@ -5,26 +5,43 @@ export UCM_CACHE_DIR
 PYTHON ?= python3.11
 TOX := $(UCM_CACHE_DIR)/venvs/tox/bin/tox
 DEMO := $(UCM_CACHE_DIR)/venvs/demo
+SDK := $(UCM_CACHE_DIR)/venvs/sdk
+LOOPS ?= 100
 MODEL := $(UCM_CACHE_DIR)/models/SmolLM2-135M-Instruct
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help test demo clean
+.PHONY: help test demo bench-store crash clean install-demo
 
 help:
 	@echo "make test   lint, types, C tests, unit, conformance, documentation and real-engine tests"
 	@echo "make demo   serve a model with vLLM, restart it, see the KV come back from the store"
+	@echo "make bench-store  the file store beside the machine's limits and other stores"
+	@echo "make crash LOOPS=1000  kill writers and a reader again and again, and check what is there"
 	@echo "make clean  remove what was built in the checkout"
 
 test: $(TOX)
 	$(TOX) run $(TOX_ARGS)
 
-demo: $(DEMO)/bin/python
+install-demo: $(DEMO)/bin/python
 	@echo "installing vLLM and ucm-sdk into $(DEMO); the first time takes a few minutes"
 	$(DEMO)/bin/python tools/install_vllm.py
 	$(DEMO)/bin/python -m pip install -q --force-reinstall --no-deps ".[vllm]"
 	$(DEMO)/bin/python -m pip install -q ".[vllm]" gguf
+
+demo: install-demo
 	$(DEMO)/bin/python tools/make_model.py $(MODEL)
 	PYTHONSAFEPATH=1 $(DEMO)/bin/python examples/demo_prefix_cache.py $(MODEL)
+
+bench-store: install-demo
+	$(DEMO)/bin/python benchmarks/bench_store.py
+
+crash: $(SDK)/bin/python
+	$(SDK)/bin/python -m pip install -q --force-reinstall --no-deps .
+	$(SDK)/bin/python -m pip install -q .
+	PYTHONSAFEPATH=1 $(SDK)/bin/python tools/crash.py --loops $(LOOPS)
+
+$(SDK)/bin/python:
+	$(PYTHON) -m venv $(SDK)
 
 $(TOX):
 	$(PYTHON) -m venv $(UCM_CACHE_DIR)/venvs/tox

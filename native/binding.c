@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-#include "ucm/blockfile.h"
+#include "ucm/segments.h"
 #include "ucm/crc32c.h"
 #include "ucm/pool.h"
 #include "ucm/status.h"

@@ -69,8 +69,8 @@ def test_files_that_cannot_be_read_are_named(
     ("inline", "message"),
     [
         ({}, "store: required, but not set"),
-        ({"store": {}}, "store.kind: required; one of faulty, file, memory"),
-        ({"store": {"kind": "tape"}}, "store.kind='tape': unknown; known are faulty"),
+        ({"store": {}}, "store.kind: required; one of fake, faulty, file, memory"),
+        ({"store": {"kind": "tape"}}, "store.kind='tape': unknown; known are fake, faulty"),
         (
             {"store": STORE, "slat": "x"},
             "slat: unknown key; known keys are connector, load_failure",
@@ -104,7 +104,7 @@ def test_a_salt_does_not_appear_where_a_configuration_is_printed() -> None:
 
 
 def test_stores_are_found_by_name() -> None:
-    assert STORES.names() == ["faulty", "file", "memory"]
+    assert STORES.names() == ["fake", "faulty", "file", "memory", "null", "throttled"]
     assert store_class("memory").__name__ == "MemoryStore"
 
 

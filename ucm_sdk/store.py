@@ -386,6 +386,9 @@ STORES = Registry(
         "memory": "ucm_sdk.stores.memory:MemoryStore",
         "file": "ucm_sdk.stores.file:FileStore",
         "faulty": "ucm_sdk.stores.faulty:FaultyStore",
+        "throttled": "ucm_sdk.stores.throttled:ThrottledStore",
+        "null": "ucm_sdk.stores.null:NullStore",
+        "fake": "ucm_sdk.stores.null:FakeStore",
     },
 )
 

@@ -10,7 +10,9 @@
 
 static uint32_t slice[8][256];      /* slicing-by-8: slice[k][b] is b followed by k zero bytes */
 static uint32_t stream_shift[4][256]; /* the same after a whole stream of zero bytes, per byte */
+static uint64_t folds[4];
 static ucm_crc32c_function *chosen;
+static ucm_crc32c_copy_function *chosen_copy;
 static const char *chosen_name;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
@@ -46,22 +48,46 @@ static void fill_stream_shift(void)
         }
 }
 
+/* x to the power of `exponent` modulo the polynomial, reflected, as a factor of a carry-less
+ * product of reflected numbers, which comes out one bit too low. */
+static uint64_t power(int exponent)
+{
+    uint32_t result = 0x80000000u;
+    for (int i = 0; i < exponent; i++)
+        result = (result >> 1) ^ ((result & 1u) ? POLYNOMIAL : 0u);
+    return (uint64_t)result << 1;
+}
+
+static void fill_folds(void)
+{
+    folds[0] = power(4 * 128 + 32);
+    folds[1] = power(4 * 128 - 32);
+    folds[2] = power(128 + 32);
+    folds[3] = power(128 - 32);
+}
+
 static void prepare_once(void)
 {
     fill_slices();
     fill_stream_shift();
+    fill_folds();
     chosen = ucm_crc32c_portable;
+    chosen_copy = ucm_crc32c_copy_portable;
     chosen_name = "portable";
-    if (ucm_crc32c_have_sse42()) {
-        chosen = ucm_crc32c_sse42;
-        chosen_name = "sse4.2";
+    if (ucm_crc32c_have_pclmul()) {
+        chosen = ucm_crc32c_pclmul;
+        chosen_copy = ucm_crc32c_copy_pclmul;
+        chosen_name = "pclmul";
     } else if (ucm_crc32c_have_armv8()) {
         chosen = ucm_crc32c_armv8;
+        chosen_copy = ucm_crc32c_copy_armv8;
         chosen_name = "armv8";
     }
 }
 
 void ucm_crc32c_prepare(void) { pthread_once(&once, prepare_once); }
+
+const uint64_t *ucm_crc32c_folds(void) { return folds; }
 
 uint32_t ucm_crc32c_shift(uint32_t crc)
 {
@@ -84,10 +110,48 @@ uint32_t ucm_crc32c_portable(uint32_t crc, const uint8_t *data, size_t size)
     return crc;
 }
 
+uint32_t ucm_crc32c_copy_portable(uint32_t crc, uint8_t *to, const uint8_t *from, size_t size)
+{
+    enum { STEP = 16384 }; /* still in the first-level cache when it is checked */
+    while (size) {
+        size_t bytes = size < STEP ? size : STEP;
+        memcpy(to, from, bytes);
+        /* Over the copy: what was checked is what the caller has. */
+        crc = ucm_crc32c_portable(crc, to, bytes);
+        to += bytes;
+        from += bytes;
+        size -= bytes;
+    }
+    return crc;
+}
+
 uint32_t ucm_crc32c(uint32_t crc, const void *data, size_t size)
 {
     ucm_crc32c_prepare();
     return ~chosen(~crc, data, size);
+}
+
+uint32_t ucm_crc32c_copy(uint32_t crc, void *to, const void *from, size_t size)
+{
+    ucm_crc32c_prepare();
+    return ~chosen_copy(~crc, to, from, size);
+}
+
+int ucm_crc32c_copy_with(enum ucm_crc32c_variant variant, uint32_t crc, void *to, const void *from,
+                         size_t size, uint32_t *result)
+{
+    ucm_crc32c_prepare();
+    ucm_crc32c_copy_function *copy = ucm_crc32c_copy_portable;
+    if (variant == UCM_CRC32C_PCLMUL)
+        copy = ucm_crc32c_have_pclmul() ? ucm_crc32c_copy_pclmul : NULL;
+    else if (variant == UCM_CRC32C_ARMV8)
+        copy = ucm_crc32c_have_armv8() ? ucm_crc32c_copy_armv8 : NULL;
+    else if (variant != UCM_CRC32C_PORTABLE)
+        return UCM_INVALID;
+    if (!copy)
+        return UCM_UNSUPPORTED;
+    *result = ~copy(~crc, to, from, size);
+    return UCM_OK;
 }
 
 int ucm_crc32c_with(enum ucm_crc32c_variant variant, uint32_t crc, const void *data, size_t size,
@@ -98,10 +162,10 @@ int ucm_crc32c_with(enum ucm_crc32c_variant variant, uint32_t crc, const void *d
     case UCM_CRC32C_PORTABLE:
         *result = ~ucm_crc32c_portable(~crc, data, size);
         return UCM_OK;
-    case UCM_CRC32C_SSE42:
-        if (!ucm_crc32c_have_sse42())
+    case UCM_CRC32C_PCLMUL:
+        if (!ucm_crc32c_have_pclmul())
             return UCM_UNSUPPORTED;
-        *result = ~ucm_crc32c_sse42(~crc, data, size);
+        *result = ~ucm_crc32c_pclmul(~crc, data, size);
         return UCM_OK;
     case UCM_CRC32C_ARMV8:
         if (!ucm_crc32c_have_armv8())

@@ -56,15 +56,40 @@ static void equals_the_definition(enum ucm_crc32c_variant variant)
     CHECK(whole == reference(data, SIZE));
 }
 
+static void copies_and_checks(enum ucm_crc32c_variant variant)
+{
+    enum { SIZE = 40000, GUARD = 16 };
+    static uint8_t data[SIZE + GUARD], copy[SIZE + 3 * GUARD];
+    uint32_t state = 7;
+    for (int i = 0; i < SIZE + GUARD; i++)
+        data[i] = (uint8_t)((state = state * 1664525u + 1013904223u) >> 24);
+    for (size_t size = 0; size < SIZE; size += 1 + size / 5)
+        for (size_t from = 0; from < 9; from += 4)
+            for (size_t to = 0; to < 9; to += 3) {
+                memset(copy, 0xEE, sizeof copy);
+                uint32_t crc = 0;
+                CHECK_OK(ucm_crc32c_copy_with(variant, 0, copy + GUARD + to, data + from, size,
+                                              &crc));
+                CHECK(crc == reference(data + from, size));
+                CHECK(!memcmp(copy + GUARD + to, data + from, size));
+                CHECK(copy[GUARD + to - 1] == 0xEE && copy[GUARD + to + size] == 0xEE);
+            }
+    uint32_t first = 0, whole = 0;
+    CHECK_OK(ucm_crc32c_copy_with(variant, 0, copy, data, 7001, &first));
+    CHECK_OK(ucm_crc32c_copy_with(variant, first, copy, data + 7001, SIZE - 7001, &whole));
+    CHECK(whole == reference(data, SIZE));
+}
+
 int main(void)
 {
-    enum ucm_crc32c_variant all[] = {UCM_CRC32C_PORTABLE, UCM_CRC32C_SSE42, UCM_CRC32C_ARMV8};
+    enum ucm_crc32c_variant all[] = {UCM_CRC32C_PORTABLE, UCM_CRC32C_PCLMUL, UCM_CRC32C_ARMV8};
     for (int i = 0; i < 3; i++) {
         uint32_t ignored;
         if (ucm_crc32c_with(all[i], 0, "", 0, &ignored) == UCM_UNSUPPORTED)
             continue;
         published_values(all[i]);
         equals_the_definition(all[i]);
+        copies_and_checks(all[i]);
     }
     CHECK(ucm_crc32c(0, "123456789", 9) == 0xE3069283u);
     printf("crc32c: %s\n", ucm_crc32c_name());

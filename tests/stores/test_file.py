@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: MIT
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
-import shutil
 import signal
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ucm_sdk.errors import ConfigError, CorruptBlockError, StoreError, TransferTimeoutError
+from ucm_sdk._native import crc32c
+from ucm_sdk.errors import ConfigError, CorruptBlockError, StoreError
 from ucm_sdk.store import StoreContext, open_store
 from ucm_sdk.stores.file import FileStore, NFSStore
 from ucm_sdk.testing import StoreSuite
@@ -29,28 +32,66 @@ from ucm_sdk.testing.store_suite import (
     payloads_of,
 )
 
+SMALL = {"segment_bytes": 1 << 20}
+"""A dozen blocks of the suite in a segment."""
+
 
 class TestFileStore(StoreSuite):
-    @pytest.fixture(params=["sync", "io_uring"])
+    @pytest.fixture(
+        params=[
+            {"access": "mapped"},
+            {"access": "buffered"},
+            {"access": "buffered", "io_engine": "io_uring"},
+            {"access": "direct"},
+            {"access": "direct", "io_engine": "io_uring"},
+        ],
+        ids=lambda options: "-".join(options.values()),
+    )
     def options(self, tmp_path: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
-        return {"kind": "file", "directory": str(tmp_path), "io_engine": request.param}
+        return {"kind": "file", "directory": str(tmp_path), **SMALL, **request.param}
 
 
 class TestDurableFileStore(StoreSuite):
-    @pytest.fixture
-    def options(self, tmp_path: Path) -> dict[str, Any]:
-        return {"kind": "file", "directory": str(tmp_path), "durability": "each"}
+    @pytest.fixture(params=["each", "group"])
+    def options(self, tmp_path: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
+        return {"kind": "file", "directory": str(tmp_path), **SMALL, "durability": request.param}
 
 
 def open_at(directory: Path, **options: object) -> FileStore:
-    options = {"kind": "file", "directory": str(directory), **options}
+    options = {"kind": "file", "directory": str(directory), **SMALL, **options}
     store = open_store(options, StoreContext(NAMESPACE, LAYOUT))
     assert isinstance(store, FileStore)
     return store
 
 
-def files_of(store: FileStore) -> list[Path]:
-    return sorted(store.directory.glob("??/*"))
+def segments_of(store: FileStore) -> list[Path]:
+    return sorted(store.directory.glob("*.seg"))
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where a block lies; the numbers are those of docs/reference/on-disk-format.md."""
+
+    path: Path
+    entry: int
+    offset: int
+    size: int
+
+
+def record_of(directory: Path, id: bytes) -> Record:
+    for path in directory.rglob("*.seg"):
+        data = path.read_bytes()
+        slot_count = int.from_bytes(data[88:92], "little")
+        slot_bytes = int.from_bytes(data[96:104], "little")
+        slots_at = int.from_bytes(data[104:112], "little")
+        for slot in range(slot_count):
+            entry = 4096 + 64 * slot
+            checksum = int.from_bytes(data[entry + 60 : entry + 64], "little")
+            if data[entry : entry + 36] != id + b"\1\0\0\0":
+                continue
+            if checksum == crc32c(data[entry : entry + 60]):
+                return Record(path, entry, slots_at + slot * slot_bytes, slot_bytes)
+    raise KeyError(id)
 
 
 def test_the_other_name_is_the_same_store() -> None:
@@ -82,7 +123,9 @@ def test_a_relative_directory_is_refused() -> None:
         open_at(Path("kv"))
 
 
-@pytest.mark.parametrize("content", ['{"format_version": 2}', "{}", "garbage", "[]"])
+@pytest.mark.parametrize(
+    "content", ['{"format_version": 1}', '{"format_version": 3}', "{}", "garbage", "[]"]
+)
 def test_another_format_version_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "ucm-store.json").write_text(content)
     with pytest.raises(ConfigError, match="use another directory"):
@@ -97,85 +140,199 @@ def test_what_lies_beside_the_data_can_be_read(tmp_path: Path) -> None:
     assert geometry["block_tokens"] == LAYOUT.block_tokens
 
 
-def damage(path: Path, how: str, generator: random.Random) -> None:
-    data = bytearray(path.read_bytes())
-    position = generator.randrange(len(data))
+def overwrite(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def damage(record: Record, how: str, generator: random.Random) -> None:
+    """Change bytes of a record that its checks cover, or its entry, or cut the file short."""
+    content = record.path.read_bytes()
+    header = 4096
+    used = header + LAYOUT.payload_bytes
+    position = record.offset + generator.randrange(used)
     if how == "flip":
-        data[position] ^= 1 << generator.randrange(8)
-    elif how == "truncate":
-        del data[position:]
+        overwrite(record.path, position, bytes([content[position] ^ 1 << generator.randrange(8)]))
     elif how == "zero":
-        length = generator.randrange(1, 9000)
-        if not any(data[position : position + length]):
-            data[position] ^= 1
+        length = min(generator.randrange(1, 9000), record.offset + used - position)
+        if any(content[position : position + length]):
+            overwrite(record.path, position, bytes(length))
         else:
-            data[position : position + length] = bytes(len(data[position : position + length]))
+            overwrite(record.path, position, b"\1")
     elif how == "garbage":
-        data = bytearray(generator.randbytes(position))
-    path.write_bytes(data)
+        overwrite(record.path, record.offset, generator.randbytes(used))
+    elif how == "entry":
+        where = record.entry + generator.randrange(64)
+        overwrite(record.path, where, bytes([content[where] ^ 1 << generator.randrange(8)]))
+    elif how == "truncate":
+        os.truncate(record.path, generator.randrange(record.offset, record.offset + used))
 
 
-@pytest.mark.parametrize("how", ["flip", "truncate", "zero", "garbage"])
-def test_a_damaged_file_is_a_miss_and_never_wrong(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("access", ["mapped", "buffered"])
+@pytest.mark.parametrize("how", ["flip", "zero", "garbage", "entry"])
+def test_a_damaged_record_is_a_miss_and_never_wrong(tmp_path: Path, how: str, access: str) -> None:
     generator = random.Random(how)
     ids, payloads = ids_of(4), payloads_of(4)
-    with open_at(tmp_path, keep_quarantined=3) as store:
+    with open_at(tmp_path, access=access) as store:
         for _ in range(60):
             dump(store, ids, payloads)
-            victim = generator.choice(files_of(store))
-            damage(victim, how, generator)
+            victim = generator.randrange(4)
+            damage(record_of(tmp_path, ids[victim]), how, generator)
+            memory = np.full_like(payloads, 0xEE)
+            task = store.load(batch_of(ids, memory), owners=memory)
+            if how == "entry" and access == "buffered":
+                # The record itself is whole, and a reader that does not map has it by heart.
+                task.wait(30)
+                assert (memory == payloads).all()
+                store.delete(ids)
+                continue
+            with pytest.raises(StoreError):
+                task.wait(30)
+            good = task.statuses == 0
+            assert good.tolist() == [index != victim for index in range(4)]
+            assert (memory[good] == payloads[good]).all()
+
+
+@pytest.mark.parametrize("access", ["mapped", "buffered"])
+def test_a_truncated_segment_is_a_miss_and_never_a_crash(tmp_path: Path, access: str) -> None:
+    generator = random.Random(3)
+    for round in range(20):
+        directory = tmp_path / str(round)
+        directory.mkdir()
+        ids, payloads = ids_of(8), payloads_of(8)
+        with open_at(directory, access=access, active_segments=1) as store:
+            dump(store, ids, payloads)
+            damage(record_of(directory, ids[generator.randrange(8)]), "truncate", generator)
             memory = np.full_like(payloads, 0xEE)
             task = store.load(batch_of(ids, memory), owners=memory)
             with pytest.raises(StoreError):
                 task.wait(30)
             good = task.statuses == 0
-            assert good.sum() == 3
             assert (memory[good] == payloads[good]).all()
-            wrong = (memory[~good] != payloads[~good]) & (memory[~good] != 0xEE)
-            assert not wrong.any()
-            # The header's version is the one thing that is not taken for damage.
-            victim.unlink(missing_ok=True)
-        assert len(list((store.directory / "quarantine").iterdir())) <= 3
+            store.lookup(ids_of(3, seed=9))
+        with open_at(directory, access=access) as store:
+            assert not store.lookup(ids).any()
+            dump(store, ids, payloads)
+            assert (load(store, ids) == payloads).all()
 
 
-def test_swapped_files_are_misses(tmp_path: Path) -> None:
+def test_records_in_each_others_places_are_misses(tmp_path: Path) -> None:
     with open_at(tmp_path) as store:
         dump(store, ids_of(2), payloads_of(2))
-        first, second = files_of(store)
-        aside = tmp_path / "aside"
-        shutil.move(first, aside)
-        shutil.move(second, first)
-        shutil.move(aside, second)
+        first, second = (record_of(tmp_path, id) for id in ids_of(2))
+        data = first.path.read_bytes()
+        overwrite(first.path, first.offset, data[second.offset :][: second.size])
+        overwrite(second.path, second.offset, data[first.offset :][: first.size])
         memory = np.full_like(payloads_of(2), 0xEE)
         with pytest.raises(CorruptBlockError):
             store.load(batch_of(ids_of(2), memory), owners=memory).wait(30)
         assert (memory == 0xEE).all()
 
 
-def test_a_load_that_hangs_in_the_kernel_is_given_up(tmp_path: Path) -> None:
+def test_files_that_are_no_segments_are_left_alone(tmp_path: Path) -> None:
+    generator = random.Random(6)
+    with open_at(tmp_path, active_segments=1) as store:
+        dump(store, ids_of(3), payloads_of(3))
+        (good,) = segments_of(store)
+        content = good.read_bytes()
+        foreign = bytearray(content[:4096])
+        foreign[8:12] = (7).to_bytes(4, "little")
+        foreign[12:16] = bytes(4)
+        foreign[12:16] = crc32c(foreign).to_bytes(4, "little")
+        strange = {
+            "empty.seg": b"",
+            "short.seg": content[:5000],
+            "noise.seg": generator.randbytes(70_000),
+            "foreign.seg": bytes(foreign) + content[4096:],
+        }
+        for name, data in strange.items():
+            (store.directory / name).write_bytes(data)
     with open_at(tmp_path) as store:
-        dump(store, ids_of(1), payloads_of(1))
-        (path,) = files_of(store)
-        path.unlink()
-        os.mkfifo(path)  # opening it blocks until somebody writes
-        memory = np.full_like(payloads_of(1), 0xEE)
-        task = store.load(batch_of(ids_of(1), memory), owners=memory)
-        with pytest.raises(TransferTimeoutError, match=r"not finished after 0\.05 s"):
-            task.wait(0.05)
-        task.cancel()
-        memory[:] = 0x55
-        os.close(os.open(path, os.O_WRONLY))
-        with pytest.raises(StoreError):
-            task.wait(30)
-        assert (memory == 0x55).all()
+        assert store.stats().blocks == 3
+        assert (load(store, ids_of(3)) == payloads_of(3)).all()
+        dump(store, ids_of(30, seed=1), payloads_of(30, seed=1))
+        for name, data in strange.items():
+            assert (store.directory / name).read_bytes() == data
+
+
+def test_the_capacity_holds_for_writers_of_all_namespaces(tmp_path: Path) -> None:
+    capacity = 8 << 20
+    options = {"kind": "file", "directory": str(tmp_path), "capacity_bytes": capacity, **SMALL}
+    namespaces = [dataclasses.replace(NAMESPACE, salt=str(number)) for number in range(3)]
+    stores = [open_store(options, StoreContext(namespace, LAYOUT)) for namespace in namespaces]
+
+    def fill(number: int) -> int:
+        kept = 0
+        for seed in range(40):
+            dump(stores[number], ids_of(10, seed), payloads_of(10, seed))
+            assert (stores[number].stats().stored_bytes or 0) <= capacity
+            found = stores[number].lookup(ids_of(10, seed))
+            kept += int(found.sum())
+        return kept
+
+    with ThreadPoolExecutor(3) as pool:
+        kept = list(pool.map(fill, range(3)))
+    assert min(kept) > 200
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.seg")) <= capacity
+    for store in stores:
+        store.close()
+    with open_at(tmp_path, capacity_bytes=capacity // 2) as store:
+        dump(store, ids_of(1, seed=99), payloads_of(1, seed=99))
+        assert (store.stats().stored_bytes or 0) <= capacity // 2
+
+
+def test_what_is_loaded_again_and_again_stays(tmp_path: Path) -> None:
+    hot, cold = ids_of(5, seed=1), ids_of(5, seed=2)
+    with open_at(tmp_path, capacity_bytes=8 << 20) as store:
+        dump(store, hot, payloads_of(5, seed=1))
+        dump(store, ids_of(30, seed=3), payloads_of(30, seed=3))  # the cold ones lie elsewhere
+        dump(store, cold, payloads_of(5, seed=2))
+        for seed in range(100, 160):
+            dump(store, ids_of(10, seed), payloads_of(10, seed))
+            assert (load(store, hot) == payloads_of(5, seed=1)).all()
+        assert not store.lookup(cold).any()
+
+
+def test_a_lease_of_one_process_binds_the_others(tmp_path: Path) -> None:
+    script = """
+import sys
+from ucm_sdk.store import StoreContext, open_store
+from ucm_sdk.testing.store_suite import LAYOUT, NAMESPACE, dump, ids_of, payloads_of
+options = {"kind": "file", "directory": sys.argv[1], "capacity_bytes": 8 << 20,
+           "segment_bytes": 1 << 20}
+store = open_store(options, StoreContext(NAMESPACE, LAYOUT))
+for seed in range(100, 130):
+    dump(store, ids_of(10, seed), payloads_of(10, seed))
+store.close()
+"""
+    with open_at(tmp_path, capacity_bytes=8 << 20) as store:
+        dump(store, ids_of(3), payloads_of(3))
+        dump(store, ids_of(12, seed=5), payloads_of(12, seed=5))  # fills its segment
+        assert store.lookup_prefix(ids_of(3), lease_s=60) == 3
+        subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+        assert (load(store, ids_of(3)) == payloads_of(3)).all()
+
+
+def test_a_segment_whose_writer_has_gone_is_written_on(tmp_path: Path) -> None:
+    for seed in range(5):
+        with open_at(tmp_path, active_segments=1) as store:
+            dump(store, ids_of(2, seed), payloads_of(2, seed))
+            assert len(segments_of(store)) == 1
+    with open_at(tmp_path) as store:
+        for seed in range(5):
+            assert (load(store, ids_of(2, seed)) == payloads_of(2, seed)).all()
 
 
 WRITER = """
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from ucm_sdk.store import StoreContext, open_store
 from ucm_sdk.testing.store_suite import LAYOUT, NAMESPACE, dump, ids_of, payloads_of
-options = {"kind": "file", "directory": sys.argv[1], "durability": "each"}
+options = {"kind": "file", "directory": sys.argv[1], "durability": sys.argv[2],
+           "segment_bytes": 1 << 20}
 store = open_store(options, StoreContext(NAMESPACE, LAYOUT))
 for seed in range(10_000):
     dump(store, ids_of(3, seed), payloads_of(3, seed))
@@ -183,12 +340,12 @@ for seed in range(10_000):
 """
 
 
-def test_a_killed_writer_leaves_everything_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("durability", ["none", "group"])
+def test_a_killed_writer_leaves_everything_whole(tmp_path: Path, durability: str) -> None:
     generator = random.Random(2)
     for _ in range(6):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-        )
+        command = [sys.executable, "-c", WRITER, str(tmp_path), durability]
+        writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert writer.stdout is not None
         for _ in range(generator.randrange(1, 30)):
             acknowledged = int(writer.stdout.readline())
@@ -217,25 +374,40 @@ def test_what_a_killed_writer_left_aside_is_removed_later(tmp_path: Path) -> Non
     assert new.exists()
 
 
-def test_a_full_file_system_fails_the_dump_and_nothing_else(tmp_path: Path) -> None:
-    mount = tmp_path / "small"
+def small_mount(where: Path, size: str) -> Path:
+    mount = where / "small"
     mount.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)], check=False
-    )
-    if mounted.returncode:
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mount)]
+    if subprocess.run(command, check=False).returncode:
         pytest.skip("mounting a small file system needs root")
+    return mount
+
+
+def test_on_a_full_file_system_the_oldest_blocks_make_room(tmp_path: Path) -> None:
+    mount = small_mount(tmp_path, "2m")
     try:
-        with open_at(mount) as store:
-            ids, payloads = ids_of(40), payloads_of(40)
-            memory_before = payloads.copy()
-            task = store.dump(batch_of(ids, payloads), owners=payloads)
+        with open_at(mount, segment_bytes=1 << 18) as store:
+            for seed in range(10):
+                dump(store, ids_of(4, seed), payloads_of(4, seed))
+                assert (load(store, ids_of(4, seed)) == payloads_of(4, seed)).all()
+            assert not store.lookup(ids_of(4, seed=0)).any()
+    finally:
+        subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+def test_a_file_system_without_room_fails_the_dump_and_nothing_else(tmp_path: Path) -> None:
+    mount = small_mount(tmp_path, "2m")
+    try:
+        with open_at(mount, segment_bytes=1 << 18) as store:
+            old, payloads = ids_of(40), payloads_of(40)
+            dump(store, old, payloads)
+            stayed = np.flatnonzero(store.lookup(old))
+            assert 0 < store.pin(old) == len(stayed) < 40
+            task = store.dump(batch_of(ids_of(40, seed=1), payloads), owners=payloads)
             with pytest.raises(StoreError, match="no_space"):
                 task.wait(30)
-            kept = np.flatnonzero(store.lookup(ids))
-            assert 0 < len(kept) < 40
-            whole = load(store, [ids[i] for i in kept])
-            assert (whole == memory_before[kept]).all()
+            assert np.flatnonzero(store.lookup(old)).tolist() == stayed.tolist()
+            assert (load(store, [old[i] for i in stayed]) == payloads[stayed]).all()
             assert not list((store.directory / "tmp").iterdir())
     finally:
         subprocess.run(["umount", "-l", str(mount)], check=True)

@@ -28,6 +28,8 @@ _NS: Final = 1_000_000_000
 _FOREVER_NS: Final = 2**62
 _ABANDONED_S: Final = 120
 ENGINES: Final = ("sync", "io_uring")
+ACCESSES: Final = ("mapped", "buffered", "direct")
+DURABILITIES: Final = ("none", "group", "each")
 
 
 def crc32c(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
@@ -120,11 +122,18 @@ class NativeTransfer:
         return float(_lib.ucm_batch_elapsed_ns(self._handle)) / _NS
 
 
-class BlockFiles:
-    """Blocks as files in one directory, see ucm/blockfile.h."""
+def scratch_bytes(piece_bytes: NDArray[np.uint32], access: str) -> int:
+    """Return the least ``scratch_bytes`` of a pool for a log of these pieces."""
+    pieces = _ffi.from_buffer("uint32_t[]", piece_bytes)
+    return int(_lib.ucm_segments_scratch_bytes(pieces, len(piece_bytes), ACCESSES.index(access)))
+
+
+class Segments:
+    """Blocks in a log of segments in one directory, see ucm/segments.h."""
 
     def __init__(
         self,
+        root: Path,
         directory: Path,
         pool: Pool,
         *,
@@ -134,49 +143,52 @@ class BlockFiles:
         shard: int,
         shards: int,
         open_blocks: int,
-        sync: bool,
-        keep_quarantined: int,
+        active_segments: int,
+        access: str,
+        durability: str,
+        segment_bytes: int,
+        capacity_bytes: int | None,
     ) -> None:
-        """Open ``directory``, which exists; ``pool`` must outlive this object."""
-        path = _ffi.new("char[]", bytes(directory))
-        name = _ffi.from_buffer("uint8_t[]", namespace_id)
-        geometry = _ffi.from_buffer("uint8_t[]", geometry_id)
-        pieces = _ffi.from_buffer("uint32_t[]", piece_bytes)
+        """Open ``directory``, which exists below ``root``; ``pool`` must outlive this object."""
+        buffers = (
+            _ffi.new("char[]", bytes(root)),
+            _ffi.new("char[]", bytes(directory)),
+            _ffi.from_buffer("uint8_t[]", namespace_id),
+            _ffi.from_buffer("uint8_t[]", geometry_id),
+            _ffi.from_buffer("uint32_t[]", piece_bytes),
+        )
+        names = ("root", "directory", "namespace_id", "geometry_id", "piece_bytes")
         options = _ffi.new(
-            "ucm_blockfile_options *",
+            "ucm_segments_options *",
             {
-                "directory": path,
-                "namespace_id": name,
-                "geometry_id": geometry,
-                "piece_bytes": pieces,
+                **dict(zip(names, buffers, strict=True)),
                 "piece_count": len(piece_bytes),
                 "shard": shard,
                 "shards": shards,
                 "open_blocks": open_blocks,
+                "active_segments": active_segments,
+                "access": ACCESSES.index(access),
+                "durability": DURABILITIES.index(durability),
                 "abandoned_ns": _ABANDONED_S * _NS,
-                "sync": int(sync),
-                "keep_quarantined": keep_quarantined,
+                "segment_bytes": segment_bytes,
+                "capacity_bytes": capacity_bytes or 0,
             },
         )
-        out = _ffi.new("ucm_blockfile **")
-        _check(_lib.ucm_blockfile_open(options, pool.handle, out), f"opening {directory}")
+        out = _ffi.new("ucm_segments **")
+        _check(_lib.ucm_segments_open(options, pool.handle, out), f"opening {directory}")
         self._handle = out[0]
 
-    def lookup(self, ids: BlockIds, *, prefix: bool) -> NDArray[np.bool_]:
+    def lookup(self, ids: BlockIds, *, prefix: bool, lease_s: float = 0.0) -> NDArray[np.bool_]:
         """Return which blocks are visible; with ``prefix`` up to the first that is not."""
         found = np.zeros(len(ids), np.bool_)
-        _lib.ucm_blockfile_lookup(
-            self._handle,
-            _ffi.from_buffer("uint8_t[]", ids),
-            len(ids),
-            int(prefix),
-            _ffi.from_buffer("uint8_t[]", found, require_writable=True),
-        )
+        pointer = _ffi.from_buffer("uint8_t[]", found, require_writable=True)
+        id_pointer = _ffi.from_buffer("uint8_t[]", ids)
+        _lib.ucm_segments_lookup(self._handle, id_pointer, len(ids), int(prefix), lease_s, pointer)
         return found
 
     def transfer(self, operation: str, batch: Batch) -> NativeTransfer:
         """Start a ``load`` or a ``dump``."""
-        function = _lib.ucm_blockfile_load if operation == "load" else _lib.ucm_blockfile_dump
+        function = _lib.ucm_segments_load if operation == "load" else _lib.ucm_segments_dump
         out = _ffi.new("ucm_batch **")
         rows = np.ascontiguousarray(batch.rows)
         status = function(
@@ -194,10 +206,25 @@ class BlockFiles:
         """Remove this shard of the blocks; returns how many there were."""
         removed = _ffi.new("uint32_t *")
         pointer = _ffi.from_buffer("uint8_t[]", ids)
-        _check(_lib.ucm_blockfile_delete(self._handle, pointer, len(ids), removed), "deleting")
+        _check(_lib.ucm_segments_delete(self._handle, pointer, len(ids), removed), "deleting")
         return int(removed[0])
+
+    def pin(self, ids: BlockIds, *, pinned: bool) -> int:
+        """Protect visible blocks from eviction, or end that; returns how many were found."""
+        found = _ffi.new("uint32_t *")
+        pointer = _ffi.from_buffer("uint8_t[]", ids)
+        status = _lib.ucm_segments_pin(self._handle, pointer, len(ids), int(pinned), found)
+        _check(status, "pinning")
+        return int(found[0])
+
+    def stats(self) -> dict[str, int]:
+        """Return the counts of ``ucm_segments_stats``."""
+        stats = _ffi.new("ucm_segments_stats *")
+        _check(_lib.ucm_segments_get_stats(self._handle, stats), "counting")
+        names = ("blocks", "stored_bytes", "evicted_blocks", "segments")
+        return {name: int(getattr(stats, name)) for name in names}
 
     def close(self) -> None:
         """Free the handle; no transfer may be under way."""
-        _lib.ucm_blockfile_close(self._handle)
+        _lib.ucm_segments_close(self._handle)
         self._handle = None

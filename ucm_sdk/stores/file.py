@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Blocks as files on a local file system or a shared mount.
+"""Blocks in a log of segments on a local file system or a shared mount.
 
 ::
 
@@ -7,9 +7,9 @@
       ucm-store.json                        the format version
       <namespace>/namespace.json            what the namespace stands for
       <namespace>/<geometry>/geometry.json  how its blocks are cut and packed
-      <namespace>/<geometry>/<xx>/<id>.<shard>
+      <namespace>/<geometry>/<...>.seg      blocks, many in a file
 
-The transfer itself is in C, see native/include/ucm/blockfile.h; docs/reference/on-disk-format.md
+The log itself is in C, see native/include/ucm/segments.h; docs/reference/on-disk-format.md
 describes the files.
 """
 
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import pydantic
 
-from ucm_sdk._native import BlockFiles, Pool
+from ucm_sdk._native import Pool, Segments, scratch_bytes
 from ucm_sdk.config import Strict
 from ucm_sdk.errors import ConfigError, UcmError
 from ucm_sdk.store import KVStoreBase, StoreContext, Transfer
@@ -38,10 +38,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 _MARKER: Final = "ucm-store.json"
 _ORPHAN_AGE_S: Final = 3600.0
-_PAGE_BYTES: Final = 4096
+_NETWORK_FILE_SYSTEMS: Final = (
+    *("nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "glusterfs", "beegfs", "gpfs", "9p", "afs"),
+    *("ocfs2", "gfs2", "orangefs", "virtiofs", "hf3fs"),
+)
 
 
 def _default_threads() -> int:
@@ -53,8 +56,19 @@ class FileOptions(Strict):
 
     directory: Path
     """Where the blocks lie; must exist, and be writable to save anything."""
-    durability: Literal["none", "each"] = "none"
-    """``each``: a block is on the medium before it is visible; ``none``: the system decides."""
+    capacity_bytes: int | None = pydantic.Field(default=None, gt=0)
+    """Most bytes that all segments below ``directory`` take, over all writers, processes and
+    restarts; ``null`` for no limit but the file system's."""
+    segment_bytes: int = pydantic.Field(default=256 << 20, ge=1 << 16)
+    """Most bytes of a segment, at most an eighth of the capacity; the first ones are smaller."""
+    active_segments: int = pydantic.Field(default=2, ge=1, le=64)
+    """Segments that this store writes at a time; it makes a further one only when it needs it."""
+    durability: Literal["none", "group", "each"] = "none"
+    """``each``: a block is on the medium before it is visible; ``group``: the same, and blocks
+    that end together share a sync; ``none``: the system decides."""
+    access: Literal["auto", "mapped", "buffered", "direct"] = "auto"
+    """``mapped``: segments are mapped into memory; ``buffered``: read and written by calls;
+    ``direct``: the same past the page cache; ``auto``: mapped, but buffered on a network mount."""
     io_engine: Literal["sync", "io_uring"] = "sync"
     """``io_uring`` falls back to ``sync`` where the kernel refuses it."""
     io_threads: int = pydantic.Field(default_factory=_default_threads, ge=1, le=256)
@@ -63,8 +77,6 @@ class FileOptions(Strict):
     """Most blocks that wait for a thread; more are refused."""
     open_blocks: int = pydantic.Field(default=256, ge=1)
     """Most blocks of which only some pieces have been dumped."""
-    keep_quarantined: int = pydantic.Field(default=64, ge=0)
-    """Most corrupt files set aside by one open store; further ones are removed."""
 
     @pydantic.model_validator(mode="after")
     def _enough_open_blocks(self) -> FileOptions:
@@ -76,7 +88,7 @@ class FileOptions(Strict):
 
 
 class FileStore(KVStoreBase):
-    """One file per shard of a block, written aside and renamed into place."""
+    """A log of segments: preallocated files that one writer appends to and everybody reads."""
 
     Options = FileOptions
 
@@ -89,15 +101,18 @@ class FileStore(KVStoreBase):
         """
         super().__init__(context)
         self._options = options
-        self._directory = _prepare(options.directory, context, durable=options.durability == "each")
+        self._directory = _prepare(options.directory, context, durable=options.durability != "none")
         self._open()
         _remove_orphans(self._directory / "tmp")
 
     @property
     def capabilities(self) -> Capabilities:
-        """Persistent and shared; keeps what it has until somebody deletes it."""
+        """Persistent, shared, and within its capacity."""
         return Capabilities(
-            persistent=True, shared=True, evicts=False, open_blocks=self._options.open_blocks
+            persistent=True,
+            shared=True,
+            evicts=True,
+            open_blocks=self._options.open_blocks,
         )
 
     @property
@@ -107,16 +122,19 @@ class FileStore(KVStoreBase):
 
     def _open(self) -> None:
         layout, options = self.context.layout, self._options
-        header_bytes = 160 + 8 * len(layout.piece_bytes)
-        pages = 2 * -(-header_bytes // _PAGE_BYTES) + -(-max(layout.piece_bytes) // _PAGE_BYTES)
+        access = _access(options)
+        segment_bytes = options.segment_bytes
+        if options.capacity_bytes is not None:
+            segment_bytes = min(segment_bytes, max(1 << 16, options.capacity_bytes // 8))
         self._pool = Pool(
             threads=options.io_threads,
             queue_blocks=options.queue_blocks,
             engine=options.io_engine,
-            scratch_bytes=max(pages * _PAGE_BYTES, 1 << 20),
+            scratch_bytes=scratch_bytes(layout.piece_lengths, access),
         )
         try:
-            self._files = BlockFiles(
+            self._segments = Segments(
+                options.directory,
                 self._directory,
                 self._pool,
                 namespace_id=self.context.namespace.digest(),
@@ -125,8 +143,11 @@ class FileStore(KVStoreBase):
                 shard=self.context.shard,
                 shards=layout.shards,
                 open_blocks=options.open_blocks,
-                sync=options.durability == "each",
-                keep_quarantined=options.keep_quarantined,
+                active_segments=options.active_segments,
+                access=access,
+                durability=options.durability,
+                segment_bytes=segment_bytes,
+                capacity_bytes=options.capacity_bytes,
             )
         except UcmError as error:
             self._pool.close(1.0)
@@ -138,42 +159,58 @@ class FileStore(KVStoreBase):
         self._open()
 
     def _lookup(self, ids: BlockIds) -> NDArray[np.bool_]:
-        return self._files.lookup(ids, prefix=False)
+        return self._segments.lookup(ids, prefix=False)
 
     def _lookup_prefix(self, ids: BlockIds, lease_s: float) -> int:
-        del lease_s  # nothing is evicted
-        return int(self._files.lookup(ids, prefix=True).sum())
+        return int(self._segments.lookup(ids, prefix=True, lease_s=lease_s).sum())
 
     def _load(self, batch: Batch) -> Transfer:
-        return self._files.transfer("load", batch)
+        return self._segments.transfer("load", batch)
 
     def _dump(self, batch: Batch) -> Transfer:
-        return self._files.transfer("dump", batch)
+        return self._segments.transfer("dump", batch)
 
     def _delete(self, ids: BlockIds) -> int:
-        return self._files.delete(ids)
+        return self._segments.delete(ids)
+
+    def _pin(self, ids: BlockIds, *, pinned: bool) -> int:
+        return self._segments.pin(ids, pinned=pinned)
 
     def _stats(self) -> StoreStats:
-        blocks = stored_bytes = 0
-        suffix = f".{self.context.shard}"
-        for folder in os.scandir(self._directory):
-            if len(folder.name) != 2 or not folder.is_dir():  # noqa: PLR2004
-                continue
-            for entry in os.scandir(folder):
-                with contextlib.suppress(FileNotFoundError):
-                    stored_bytes += entry.stat().st_size
-                    blocks += entry.name.endswith(suffix)
-        return StoreStats(blocks, stored_bytes, None, self._pool.queued)
+        stats = self._segments.stats()
+        return StoreStats(
+            blocks=stats["blocks"],
+            stored_bytes=stats["stored_bytes"],
+            capacity_bytes=self._options.capacity_bytes,
+            queued_blocks=self._pool.queued,
+        )
 
     def _close(self, timeout_s: float) -> None:
         if self._pool.close(max(1.0, timeout_s)):
-            self._files.close()
+            self._segments.close()
         else:
             logger.warning("an I/O thread is stuck in %s and is left behind", self._directory)
 
 
 NFSStore = FileStore
 """The same store by the name that says where it is mostly used: on a network mount."""
+
+
+def _access(options: FileOptions) -> str:
+    """Return how segments are read and written: not by mapping where the server may fail."""
+    if options.access != "auto":
+        return options.access
+    where, kind = "", ""
+    with contextlib.suppress(OSError):
+        directory = os.path.realpath(options.directory)
+        for line in Path("/proc/self/mounts").read_text().splitlines():
+            mount, file_system = line.split()[1:3]
+            mount = mount.replace("\\040", " ")
+            inside = directory == mount or directory.startswith(mount.rstrip("/") + "/")
+            if inside and len(mount) >= len(where):
+                where, kind = mount, file_system
+    network = kind in _NETWORK_FILE_SYSTEMS or kind.startswith("fuse")
+    return "buffered" if network else "mapped"
 
 
 def _prepare(root: Path, context: StoreContext, *, durable: bool) -> Path:
@@ -193,7 +230,7 @@ def _prepare(root: Path, context: StoreContext, *, durable: bool) -> Path:
             folder.mkdir(exist_ok=True, mode=0o700)
         _describe(directory.parent / "namespace.json", namespace.describe())
         _describe(directory / "geometry.json", json.loads(layout.canonical()))
-        for name in ("tmp", "quarantine"):
+        for name in ("tmp", "pins"):
             (directory / name).mkdir(exist_ok=True, mode=0o700)
         if durable:
             _make_durable(directory, root)
@@ -207,9 +244,7 @@ def _prepare(root: Path, context: StoreContext, *, durable: bool) -> Path:
 
 
 def _make_durable(directory: Path, root: Path) -> None:
-    """Make every directory that a block may be renamed into, and put them on the medium."""
-    for number in range(256):
-        (directory / f"{number:02x}").mkdir(exist_ok=True, mode=0o700)
+    """Put the directories that lead to the segments on the medium."""
     for folder in (directory, directory.parent, root):
         file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

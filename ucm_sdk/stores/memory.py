@@ -65,7 +65,7 @@ class _Area:
 _areas: Final[weakref.WeakValueDictionary[str, _Area]] = weakref.WeakValueDictionary()
 
 
-class _Ended:
+class EndedTransfer:
     """A transfer that ended at the call."""
 
     def __init__(self, statuses: list[Status], elapsed_s: float) -> None:
@@ -73,19 +73,23 @@ class _Ended:
         self._elapsed_s = elapsed_s
 
     def done(self) -> bool:
+        """Whether it has ended."""
         return True
 
     def wait(self, timeout_s: float | None) -> bool:
+        """Wait until it has ended or the time is over; returns whether it has ended."""
         del timeout_s
         return True
 
     def cancel(self) -> None:
-        pass
+        """Stop, as ``Transfer.cancel`` says."""
 
     def statuses(self) -> NDArray[np.int32]:
+        """Return one ``Status`` per block."""
         return self._statuses
 
     def elapsed_s(self) -> float:
+        """Return the seconds it took."""
         return self._elapsed_s
 
 
@@ -156,7 +160,7 @@ class MemoryStore(KVStoreBase):
                     _memory(int(row["address"]), length)[:] = shard.payload[
                         offset : offset + length
                     ]
-        return _Ended(statuses, time.monotonic() - started)
+        return EndedTransfer(statuses, time.monotonic() - started)
 
     def _dump(self, batch: Batch) -> Transfer:
         started = time.monotonic()
@@ -165,7 +169,7 @@ class MemoryStore(KVStoreBase):
                 self._dump_block(self._key(id), batch.rows[batch.rows["block"] == index])
                 for index, id in enumerate(batch.ids)
             ]
-        return _Ended(statuses, time.monotonic() - started)
+        return EndedTransfer(statuses, time.monotonic() - started)
 
     def _dump_block(self, key: bytes, rows: Any) -> Status:
         layout = self.context.layout

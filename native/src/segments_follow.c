@@ -1,0 +1,300 @@
+/* SPDX-License-Identifier: MIT */
+/* The segments that a handle knows, and how it follows what others write. */
+#define _GNU_SOURCE
+#include "segments_internal.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+void ucm_segments_free(segment *ended)
+{
+    ucm_segment_close(&ended->file);
+    pthread_cond_destroy(&ended->synced);
+    pthread_mutex_destroy(&ended->sync_mutex);
+    free(ended->slots);
+    free(ended);
+}
+
+/* Segments and their records. */
+
+int ucm_segments_insert(ucm_segments *store, segment *into, uint32_t slot, const uint8_t *id)
+{
+    /* A second copy, by another writer, stays where it is until its segment is taken over. */
+    if (!ucm_index_find(&store->index, id, into->file.shard)) {
+        int status = ucm_index_insert(&store->index, id, into->file.shard, into->number, slot);
+        if (status)
+            return status;
+        store->blocks += into->file.shard == store->shard;
+    }
+    into->indexed += !(into->slots[slot] & SLOT_INDEXED);
+    into->slots[slot] |= SLOT_INDEXED | SLOT_TAKEN;
+    return UCM_OK;
+}
+
+void ucm_segments_remove(ucm_segments *store, segment *from, uint32_t slot, const uint8_t *id)
+{
+    ucm_index_entry *entry = ucm_index_find(&store->index, id, from->file.shard);
+    if (entry && entry->segment == from->number && entry->slot == slot) {
+        ucm_index_remove(&store->index, entry);
+        store->blocks -= from->file.shard == store->shard;
+    }
+    if (from->slots[slot] & SLOT_INDEXED) {
+        from->slots[slot] &= (uint8_t)~SLOT_INDEXED;
+        from->indexed--;
+    }
+}
+
+void ucm_segments_forget(ucm_segments *store, segment *lost)
+{
+    /* Its table may have changed hands: go by what the index says. */
+    ucm_index *index = &store->index;
+    for (uint64_t at = 0; at <= index->mask;) {
+        ucm_index_entry *entry = &index->entries[at];
+        if (entry->used && entry->segment == lost->number) {
+            ucm_index_remove(index, entry); /* may move another one here */
+            store->blocks -= lost->file.shard == store->shard;
+        } else {
+            at++;
+        }
+    }
+    lost->gone = 1;
+    lost->indexed = 0;
+    store->segments[lost->number] = NULL;
+    if (!lost->references)
+        ucm_segments_free(lost);
+}
+
+static int place_of(ucm_segments *store, uint32_t *number)
+{
+    for (uint32_t i = 0; i < store->segment_count; i++)
+        if (!store->segments[i]) {
+            *number = i;
+            return UCM_OK;
+        }
+    if (store->segment_count == store->segment_room) {
+        uint32_t room = store->segment_room ? 2 * store->segment_room : 64;
+        segment **segments = realloc(store->segments, room * sizeof *segments);
+        if (!segments)
+            return UCM_MEMORY;
+        store->segments = segments;
+        store->segment_room = room;
+    }
+    store->segments[store->segment_count] = NULL;
+    *number = store->segment_count++;
+    return UCM_OK;
+}
+
+int ucm_segments_read_table(ucm_segments *store, segment *from)
+{
+    enum { STEP = 64 };
+    ucm_segment_entry entries[STEP];
+    uint32_t count = from->file.slot_count;
+    int status = UCM_OK;
+    for (uint32_t first = 0; first < count && !status; first += STEP) {
+        uint32_t step = count - first < STEP ? count - first : STEP;
+        status = ucm_segment_entries(&from->file, first, step, entries);
+        pthread_mutex_lock(&store->mutex);
+        for (uint32_t i = 0; i < step && !status && !from->gone; i++)
+            if (entries[i].used && !(from->slots[first + i] & SLOT_INDEXED))
+                status = ucm_segments_insert(store, from, first + i, entries[i].block);
+        pthread_mutex_unlock(&store->mutex);
+    }
+    return status;
+}
+
+int ucm_segments_add(ucm_segments *store, const char *name, ucm_segment_file *file,
+                     segment **added)
+{
+    segment *new = calloc(1, sizeof *new);
+    uint8_t *slots = calloc(1, file->slot_count);
+    pthread_mutex_lock(&store->mutex);
+    int status = new && slots ? place_of(store, &new->number) : UCM_MEMORY;
+    if (!status) {
+        new->file = *file;
+        new->slots = slots;
+        snprintf(new->name, sizeof new->name, "%s", name);
+        pthread_mutex_init(&new->sync_mutex, NULL);
+        pthread_cond_init(&new->synced, NULL);
+        new->seen = 1;
+        new->references = 1;
+        store->segments[new->number] = new;
+    }
+    pthread_mutex_unlock(&store->mutex);
+    if (status) {
+        free(new);
+        free(slots);
+        ucm_segment_close(file);
+        return status;
+    }
+    status = ucm_segments_read_table(store, new);
+    if (status) {
+        pthread_mutex_lock(&store->mutex);
+        new->references--;
+        ucm_segments_forget(store, new);
+        pthread_mutex_unlock(&store->mutex);
+    } else if (added) {
+        *added = new; /* with the reference */
+    } else {
+        ucm_segments_let_go(store, new);
+    }
+    return status;
+}
+
+segment *ucm_segments_find(ucm_segments *store, const uint8_t *id, uint32_t shard, uint32_t *slot,
+                           uint8_t *flags)
+{
+    segment *found = NULL;
+    pthread_mutex_lock(&store->mutex);
+    const ucm_index_entry *entry = ucm_index_find(&store->index, id, shard);
+    if (entry) {
+        found = store->segments[entry->segment];
+        found->references++;
+        *slot = entry->slot;
+        if (flags)
+            *flags = found->slots[entry->slot];
+    }
+    pthread_mutex_unlock(&store->mutex);
+    return found;
+}
+
+void ucm_segments_let_go(ucm_segments *store, segment *held)
+{
+    pthread_mutex_lock(&store->mutex);
+    int last = !--held->references && held->gone;
+    pthread_mutex_unlock(&store->mutex);
+    if (last)
+        ucm_segments_free(held);
+}
+
+void ucm_segments_name(ucm_segments *store, const segment *of, char name[UCM_SEGMENT_NAME])
+{
+    pthread_mutex_lock(&store->mutex);
+    memcpy(name, of->name, UCM_SEGMENT_NAME);
+    pthread_mutex_unlock(&store->mutex);
+}
+
+void ucm_segments_retire(ucm_segments *store, segment *from, uint32_t slot, const uint8_t *id)
+{
+    pthread_mutex_lock(&store->mutex);
+    ucm_segments_remove(store, from, slot, id);
+    ucm_segment_file file = from->file;
+    pthread_mutex_unlock(&store->mutex);
+    char name[UCM_SEGMENT_NAME];
+    ucm_segments_name(store, from, name);
+    file.file = openat(store->directory, name, O_WRONLY | O_CLOEXEC);
+    file.writable = 0;
+    if (file.file < 0)
+        return;
+    ucm_segment_entry entry;
+    /* Unless it has become another block's meanwhile. */
+    if (!ucm_segment_entries(&from->file, slot, 1, &entry) && entry.used &&
+        !memcmp(entry.block, id, UCM_ID_BYTES))
+        (void)ucm_segment_write_entry(&file, slot, NULL);
+    close(file.file);
+}
+
+/* Finding what others did. */
+
+static uint64_t directory_time(const ucm_segments *store)
+{
+    struct stat information;
+    if (fstat(store->directory, &information))
+        return 0;
+    return (uint64_t)information.st_mtim.tv_sec * 1000000000u +
+           (uint64_t)information.st_mtim.tv_nsec;
+}
+
+static void open_found(ucm_segments *store, const char *name)
+{
+    ucm_segment_file file;
+    /* What is no segment, or one of another version, is left alone. */
+    if (ucm_segment_open(store->directory, name, &store->shape, store->access, 0, &file))
+        return;
+    (void)ucm_segments_add(store, name, &file, NULL);
+}
+
+static segment *named(ucm_segments *store, const char *name)
+{
+    for (uint32_t i = 0; i < store->segment_count; i++)
+        if (store->segments[i] && !strcmp(store->segments[i]->name, name))
+            return store->segments[i];
+    return NULL;
+}
+
+static void scan_directory(ucm_segments *store)
+{
+    DIR *listing = opendir(store->path);
+    if (!listing)
+        return;
+    pthread_mutex_lock(&store->mutex);
+    for (uint32_t i = 0; i < store->segment_count; i++)
+        if (store->segments[i])
+            store->segments[i]->seen = 0;
+    pthread_mutex_unlock(&store->mutex);
+    for (struct dirent *entry; (entry = readdir(listing));) {
+        if (!ucm_is_segment_name(entry->d_name))
+            continue;
+        pthread_mutex_lock(&store->mutex);
+        segment *known = named(store, entry->d_name);
+        if (known)
+            known->seen = 1;
+        pthread_mutex_unlock(&store->mutex);
+        if (!known)
+            open_found(store, entry->d_name);
+    }
+    closedir(listing);
+    pthread_mutex_lock(&store->mutex);
+    for (uint32_t i = 0; i < store->segment_count; i++) {
+        segment *known = store->segments[i];
+        if (known && !known->seen && !known->active)
+            ucm_segments_forget(store, known);
+    }
+    pthread_mutex_unlock(&store->mutex);
+}
+
+static void follow_growing(ucm_segments *store)
+{
+    for (uint32_t i = 0;; i++) {
+        pthread_mutex_lock(&store->mutex);
+        if (i >= store->segment_count) {
+            pthread_mutex_unlock(&store->mutex);
+            return;
+        }
+        segment *known = store->segments[i];
+        int grows = known && !known->active && known->indexed < known->file.slot_count;
+        if (grows)
+            known->references++;
+        pthread_mutex_unlock(&store->mutex);
+        if (grows) {
+            (void)ucm_segments_read_table(store, known);
+            ucm_segments_let_go(store, known);
+        }
+    }
+}
+
+void ucm_segments_refresh(ucm_segments *store)
+{
+    /* A directory's time moves in steps of the kernel's clock: a change within some steps after a
+     * scan may not show. */
+    enum { SETTLED_NS = 100000000 };
+    pthread_mutex_lock(&store->refreshing);
+    uint64_t started = ucm_now_ns(), changed = directory_time(store);
+    struct timespec wall;
+    clock_gettime(CLOCK_REALTIME, &wall);
+    uint64_t now = (uint64_t)wall.tv_sec * 1000000000u + (uint64_t)wall.tv_nsec;
+    if (!changed || changed != store->directory_ns || store->scanned_ns < changed + SETTLED_NS) {
+        scan_directory(store);
+        store->directory_ns = changed;
+        store->scanned_ns = now;
+    }
+    follow_growing(store);
+    atomic_store(&store->refreshed_ns, started);
+    pthread_mutex_unlock(&store->refreshing);
+}
