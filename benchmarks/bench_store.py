@@ -50,7 +50,7 @@ from ucm_sdk.layout import KVLayout
 
 OUTPUT = Path("build/bench-store.json")
 GB = 1e9
-SETTLING_ROUNDS = 6
+SETTLING_ROUNDS = 12
 # UCM does not install here.  What it reached of this machine's limits elsewhere, (dump, load).
 UCM_SHARES = {16: (0.65, 0.74), 128: (0.97, 0.95)}
 LIMITS = ("memcpy", "bare mapped segment", "bare segment", "bare file per block")
@@ -203,7 +203,7 @@ def rows_of(shape: Shape, block_tokens: int, results: list[Result]) -> list[dict
             best_peer[key] = max(best_peer.get(key, 0.0), estimate.median)
     for result in [*results, *estimates]:
         key = (result.tier, result.op.split()[0])
-        limit, peer = best_limit.get(key), best_peer.get(key)
+        bound, peer = best_limit.get(key), best_peer.get(key)
         cpu = statistics.median(result.cpu_s_per_gb) if result.cpu_s_per_gb else None
         rows.append(
             {
@@ -215,7 +215,7 @@ def rows_of(shape: Shape, block_tokens: int, results: list[Result]) -> list[dict
                 "gb_per_s": result.median,
                 "spread": [min(result.gb_per_s), max(result.gb_per_s)],
                 "cpu_s_per_gb": cpu,
-                "ratio_to_limit": result.median / limit if limit else None,
+                "ratio_to_limit": result.median / bound if bound else None,
                 "ratio_to_best_peer": result.median / peer if peer else None,
             }
         )

@@ -51,12 +51,12 @@ class Ucm(System):
     name = "ucm"
 
     def __init__(self, directory: Path, layout: KVLayout, **options: Any) -> None:
-        """Open a store of four batches."""
+        """Open a store of six batches."""
         namespace = Namespace(
             model="bench", compute_dtype="bfloat16", kv_dtype="bfloat16", attention="full"
         )
         config = {"kind": "file", "directory": str(directory), "io_threads": THREADS, **options}
-        config["capacity_bytes"] = 4 * BATCH_BYTES + (64 << 20)
+        config["capacity_bytes"] = 6 * BATCH_BYTES
         self._store = open_store(config, StoreContext(namespace, layout))
         self._layout = layout
 
@@ -151,7 +151,8 @@ class BareMapped(Threaded):
             self._maps.append(np.frombuffer(mapped, np.uint8).reshape(-1, payload))
 
     def _row(self, index: int) -> Memory:
-        return self._maps[index % THREADS][index // THREADS]
+        row: Memory = self._maps[index % THREADS][index // THREADS]
+        return row
 
     def dump(self, ids: BlockIds, memory: Memory) -> None:
         """Store into the mapping."""

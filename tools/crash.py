@@ -63,7 +63,7 @@ def batch_of(ids: list[bytes], memory: np.ndarray[tuple[int, int], np.dtype[np.u
 
 def open_at(directory: str) -> KVStoreBase:
     """Open the store as an engine would, with small segments."""
-    options = {"kind": "file", "directory": directory, "durability": "group"}
+    options: dict[str, object] = {"kind": "file", "directory": directory, "durability": "group"}
     options |= {"segment_bytes": 1 << 20, "io_threads": 2}
     return open_store(options, StoreContext(NAMESPACE, LAYOUT))
 

@@ -8,7 +8,7 @@ enum { FIRST_ENTRIES = 1024 };
 
 static void key_of(const uint8_t *id, uint32_t shard, uint64_t key[2])
 {
-    memcpy(key, id, 16);
+    memcpy(key, id, UCM_INDEX_KEY);
     /* An odd multiplier spreads the shards of a block over the table. */
     key[0] ^= shard * 0x9E3779B97F4A7C15u;
 }

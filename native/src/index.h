@@ -10,6 +10,8 @@
  * their 32 bytes are kept, and the record itself is checked against all of them when it is loaded.
  * Not thread-safe.
  */
+enum { UCM_INDEX_KEY = 16 }; /* bytes of an id that the index goes by */
+
 typedef struct {
     uint64_t key[2]; /* of the id, the shard mixed in */
     uint32_t segment, slot;

@@ -233,7 +233,11 @@ int ucm_segment_create(int directory, const char *name, const ucm_segment_shape 
         ucm_segment_close(segment);
         return status;
     }
-    return sync && fsync(directory) ? ucm_status_from_errno(errno) : UCM_OK;
+    if (sync && fsync(directory)) {
+        status = ucm_status_from_errno(errno);
+        ucm_segment_close(segment);
+    }
+    return status;
 }
 
 void ucm_segment_stop_writing(ucm_segment_file *segment)
@@ -259,8 +263,11 @@ void ucm_segment_close(ucm_segment_file *segment)
 {
     if (segment->map)
         munmap(segment->map, segment->bytes);
-    if (segment->file >= 0)
+    if (segment->file >= 0) {
+        if (segment->writing)
+            (void)flock(segment->file, LOCK_UN); /* a child may have inherited the file */
         close(segment->file);
+    }
     if (segment->direct >= 0)
         close(segment->direct);
     *segment = (ucm_segment_file){.file = -1, .direct = -1};

@@ -5,7 +5,7 @@
  * The times of a segment file carry what handles of all processes must agree on.  The modification
  * time is when it was last written, or spared: the oldest goes first.  The access time is when a
  * block of it was last loaded, in the future while it is leased.  A segment that was loaded from
- * since it was written is spared once, as in CLOCK and SIEVE.
+ * since it was written is spared once, as in CLOCK, while there is an old one that was not.
  */
 #define _GNU_SOURCE
 #include "segments_internal.h"
@@ -182,7 +182,7 @@ uint64_t ucm_segments_total(ucm_segments *store)
     int lock = ucm_segments_lock_capacity(store, &status);
     (void)ucm_segments_census(store->root, &all);
     if (lock >= 0)
-        close(lock);
+        ucm_segments_unlock_capacity(lock);
     free(all.found);
     return all.bytes;
 }
@@ -200,6 +200,12 @@ static int has_pins(ucm_segments *store, const char *folder)
     return pins;
 }
 
+void ucm_segments_unlock_capacity(int lock)
+{
+    (void)flock(lock, LOCK_UN); /* a child may have inherited the file */
+    close(lock);
+}
+
 /* Unlinks a file unless somebody holds its lock; on a mount without locks only when `anyway`. */
 static int unlink_unlocked(const char *path, int anyway)
 {
@@ -210,6 +216,7 @@ static int unlink_unlocked(const char *path, int anyway)
     int status = locked || (anyway && errno != EWOULDBLOCK) ? UCM_OK : UCM_BUSY;
     if (!status && unlink(path))
         status = ucm_status_from_errno(errno);
+    (void)flock(file, LOCK_UN);
     close(file);
     return status;
 }
@@ -257,45 +264,51 @@ static int is_active(ucm_segments *store, const char *name)
 static int evict_one(ucm_segments *store, ucm_census *all, ucm_found_segment *one)
 {
     int own = own_folder(store, one);
+    if (own && is_active(store, one->name))
+        return UCM_NO_SPACE;
     int over = store->capacity_bytes && all->bytes > store->capacity_bytes;
     if (own && !over && !ucm_segments_take_over(store, one->name, 1))
         return UCM_OK;
-    if ((own && is_active(store, one->name)) || has_pins(store, one->folder) ||
-        unlink_segment(store, one))
+    if (has_pins(store, one->folder) || unlink_segment(store, one))
         return UCM_NO_SPACE;
     all->bytes -= one->bytes;
     one->bytes = 0;
     return UCM_PENDING;
 }
 
-static void spare(ucm_segments *store, const ucm_found_segment *one, struct timespec now)
+/* Moves those of the `count` oldest that were loaded from since they were written behind all. */
+static void spare(ucm_segments *store, const ucm_census *all, uint32_t count)
 {
+    /* The access time stays: it may just have become a lease. */
+    const struct timespec times[2] = {{.tv_nsec = UTIME_OMIT}, {.tv_nsec = UTIME_NOW}};
     char path[PATH_MAX];
-    const struct timespec times[2] = {now, now};
-    snprintf(path, sizeof path, "%s/%s/%s", store->root, one->folder, one->name);
-    (void)utimensat(AT_FDCWD, path, times, 0);
+    for (uint32_t i = 0; i < count; i++) {
+        const ucm_found_segment *one = &all->found[i];
+        snprintf(path, sizeof path, "%s/%s/%s", store->root, one->folder, one->name);
+        if (one->bytes && later(one->loaded, one->written))
+            (void)utimensat(AT_FDCWD, path, times, 0);
+    }
 }
 
 int ucm_segments_evict(ucm_segments *store, ucm_census *all)
 {
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
-    /* At most a quarter is spared, so that it is not what was just written that goes instead. */
-    uint32_t may_spare = all->count / 4 + 1;
-    for (int round = 0; round < 2; round++)
-        for (uint32_t i = 0; i < all->count; i++) {
+    for (int round = 0; round < 2; round++) {
+        /* First what nobody has loaded from, but not of the younger half: what was just written has
+         * not had its chance.  Then whatever is the oldest. */
+        uint32_t end = round ? all->count : (all->count + 1) / 2;
+        for (uint32_t i = 0; i < end && i < all->count; i++) {
             ucm_found_segment *one = &all->found[i];
-            if (!one->bytes || later(one->loaded, now) || one->spared != round)
-                continue; /* gone already, or leased; the spared ones are for the second round */
-            if (!round && may_spare && later(one->loaded, one->written)) {
-                spare(store, one, now);
-                one->spared = 1;
-                may_spare--;
-                continue;
-            }
+            if (!one->bytes || later(one->loaded, now) ||
+                (!round && later(one->loaded, one->written)))
+                continue; /* gone already, or leased, or spared */
             int status = evict_one(store, all, one);
+            if (status != UCM_NO_SPACE && !round)
+                spare(store, all, i);
             if (status != UCM_NO_SPACE)
                 return status;
         }
+    }
     return UCM_NO_SPACE;
 }

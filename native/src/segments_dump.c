@@ -52,34 +52,42 @@ void ucm_segments_give_up(ucm_segments *store, open_block *block)
         ucm_segments_let_go(store, into);
 }
 
-/*
- * Finds an open block, or makes it one, giving up one that nobody has continued for long: its owner
- * has gone.  Returns NULL when too many are open.
- */
-static open_block *acquire(ucm_segments *store, const uint8_t *id)
+int ucm_segments_give_up_abandoned(ucm_segments *store)
 {
-    open_block *unused = NULL, *abandoned = NULL;
     uint64_t now = ucm_now_ns();
-    pthread_mutex_lock(&store->mutex);
     for (uint32_t i = 0; i < store->table_size; i++) {
         open_block *block = &store->table[i];
-        if (block->used && !block->failed && !memcmp(block->block, id, UCM_ID_BYTES)) {
-            block->users++;
-            pthread_mutex_unlock(&store->mutex);
-            return block;
-        }
-        if (!block->used)
-            unused = block;
-        else if (!block->users && now - block->used_ns >= store->abandoned_ns)
-            abandoned = block;
-    }
-    if (!unused && abandoned) {
-        abandoned->users = 1; /* keeps others away while it is given up outside the lock */
-        abandoned->failed = 1;
+        if (!block->used || block->users || now - block->used_ns < store->abandoned_ns)
+            continue;
+        block->users = 1; /* keeps others away meanwhile */
+        block->failed = 1;
         pthread_mutex_unlock(&store->mutex);
-        ucm_segments_give_up(store, abandoned);
-        return acquire(store, id);
+        ucm_segments_give_up(store, block);
+        pthread_mutex_lock(&store->mutex);
+        return 1;
     }
+    return 0;
+}
+
+/* Finds an open block, or makes it one, if need be in the place of one that is abandoned.  Returns
+ * NULL when too many are open. */
+static open_block *acquire(ucm_segments *store, const uint8_t *id)
+{
+    open_block *unused;
+    pthread_mutex_lock(&store->mutex);
+    do {
+        unused = NULL;
+        for (uint32_t i = 0; i < store->table_size; i++) {
+            open_block *block = &store->table[i];
+            if (block->used && !block->failed && !memcmp(block->block, id, UCM_ID_BYTES)) {
+                block->users++;
+                pthread_mutex_unlock(&store->mutex);
+                return block;
+            }
+            if (!block->used)
+                unused = block;
+        }
+    } while (!unused && ucm_segments_give_up_abandoned(store));
     if (unused) {
         unused->used = 1;
         unused->users = 1;
@@ -239,13 +247,23 @@ static int write_direct(ucm_worker *worker, ucm_segments *store, open_block *blo
     return write_parts(worker, block->segment->file.direct, place(block), &part, 1);
 }
 
+/* Whether the rows are all pieces, each once and in order. */
+static int is_whole(const ucm_segments *store, const ucm_row *row, const ucm_row *end)
+{
+    uint32_t piece = 0;
+    for (; row != end && piece < store->piece_count; row++, piece++)
+        if (row->offset != store->piece_offset[piece])
+            return 0;
+    return row == end && piece == store->piece_count;
+}
+
 static int write_pieces(ucm_worker *worker, ucm_segments *store, open_block *block,
                         const ucm_row *row, const ucm_row *end, uint32_t *written)
 {
     const ucm_segment_file *file = &block->segment->file;
     if (file->writable && file->overwrites)
         return store_rows(store, block, row, end, written);
-    if (file->direct >= 0 && end - row == store->piece_count && claim_all(store, block))
+    if (file->direct >= 0 && is_whole(store, row, end) && claim_all(store, block))
         return write_direct(worker, store, block, row, end, written);
     return write_rows(worker, store, block, row, end, written);
 }

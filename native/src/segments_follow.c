@@ -19,6 +19,7 @@ void ucm_segments_free(segment *ended)
     pthread_cond_destroy(&ended->synced);
     pthread_mutex_destroy(&ended->sync_mutex);
     free(ended->slots);
+    free(ended->keys);
     free(ended);
 }
 
@@ -26,46 +27,36 @@ void ucm_segments_free(segment *ended)
 
 int ucm_segments_insert(ucm_segments *store, segment *into, uint32_t slot, const uint8_t *id)
 {
-    /* A second copy, by another writer, stays where it is until its segment is taken over. */
-    if (!ucm_index_find(&store->index, id, into->file.shard)) {
-        int status = ucm_index_insert(&store->index, id, into->file.shard, into->number, slot);
-        if (status)
-            return status;
-        store->blocks += into->file.shard == store->shard;
-    }
-    into->indexed += !(into->slots[slot] & SLOT_INDEXED);
-    into->slots[slot] |= SLOT_INDEXED | SLOT_TAKEN;
+    into->slots[slot] |= SLOT_TAKEN;
+    /* A second copy, by another writer, is not indexed unless the first one goes. */
+    if (ucm_index_find(&store->index, id, into->file.shard))
+        return UCM_OK;
+    int status = ucm_index_insert(&store->index, id, into->file.shard, into->number, slot);
+    if (status)
+        return status;
+    memcpy(into->keys[slot], id, UCM_INDEX_KEY);
+    into->slots[slot] |= SLOT_INDEXED;
+    into->indexed++;
+    store->blocks += into->file.shard == store->shard;
     return UCM_OK;
 }
 
-void ucm_segments_remove(ucm_segments *store, segment *from, uint32_t slot, const uint8_t *id)
+void ucm_segments_remove(ucm_segments *store, segment *from, uint32_t slot)
 {
-    ucm_index_entry *entry = ucm_index_find(&store->index, id, from->file.shard);
-    if (entry && entry->segment == from->number && entry->slot == slot) {
-        ucm_index_remove(&store->index, entry);
-        store->blocks -= from->file.shard == store->shard;
-    }
-    if (from->slots[slot] & SLOT_INDEXED) {
-        from->slots[slot] &= (uint8_t)~SLOT_INDEXED;
-        from->indexed--;
-    }
+    if (!(from->slots[slot] & SLOT_INDEXED))
+        return;
+    ucm_index_remove(&store->index,
+                     ucm_index_find(&store->index, from->keys[slot], from->file.shard));
+    from->slots[slot] &= (uint8_t)~SLOT_INDEXED;
+    from->indexed--;
+    store->blocks -= from->file.shard == store->shard;
 }
 
 void ucm_segments_forget(ucm_segments *store, segment *lost)
 {
-    /* Its table may have changed hands: go by what the index says. */
-    ucm_index *index = &store->index;
-    for (uint64_t at = 0; at <= index->mask;) {
-        ucm_index_entry *entry = &index->entries[at];
-        if (entry->used && entry->segment == lost->number) {
-            ucm_index_remove(index, entry); /* may move another one here */
-            store->blocks -= lost->file.shard == store->shard;
-        } else {
-            at++;
-        }
-    }
+    for (uint32_t slot = 0; slot < lost->file.slot_count; slot++)
+        ucm_segments_remove(store, lost, slot);
     lost->gone = 1;
-    lost->indexed = 0;
     store->segments[lost->number] = NULL;
     if (!lost->references)
         ucm_segments_free(lost);
@@ -91,6 +82,16 @@ static int place_of(ucm_segments *store, uint32_t *number)
     return UCM_OK;
 }
 
+static int reconcile(ucm_segments *store, segment *from, uint32_t slot,
+                     const ucm_segment_entry *entry)
+{
+    int indexed = from->slots[slot] & SLOT_INDEXED;
+    if (indexed && entry->used && !memcmp(from->keys[slot], entry->block, UCM_INDEX_KEY))
+        return UCM_OK;
+    ucm_segments_remove(store, from, slot);
+    return entry->used ? ucm_segments_insert(store, from, slot, entry->block) : UCM_OK;
+}
+
 int ucm_segments_read_table(ucm_segments *store, segment *from)
 {
     enum { STEP = 64 };
@@ -101,9 +102,9 @@ int ucm_segments_read_table(ucm_segments *store, segment *from)
         uint32_t step = count - first < STEP ? count - first : STEP;
         status = ucm_segment_entries(&from->file, first, step, entries);
         pthread_mutex_lock(&store->mutex);
-        for (uint32_t i = 0; i < step && !status && !from->gone; i++)
-            if (entries[i].used && !(from->slots[first + i] & SLOT_INDEXED))
-                status = ucm_segments_insert(store, from, first + i, entries[i].block);
+        /* What this handle writes itself, it knows better. */
+        for (uint32_t i = 0; i < step && !status && !from->gone && !from->active; i++)
+            status = reconcile(store, from, first + i, &entries[i]);
         pthread_mutex_unlock(&store->mutex);
     }
     return status;
@@ -114,11 +115,13 @@ int ucm_segments_add(ucm_segments *store, const char *name, ucm_segment_file *fi
 {
     segment *new = calloc(1, sizeof *new);
     uint8_t *slots = calloc(1, file->slot_count);
+    void *keys = calloc(file->slot_count, UCM_INDEX_KEY);
     pthread_mutex_lock(&store->mutex);
-    int status = new && slots ? place_of(store, &new->number) : UCM_MEMORY;
+    int status = new && slots && keys ? place_of(store, &new->number) : UCM_MEMORY;
     if (!status) {
         new->file = *file;
         new->slots = slots;
+        new->keys = keys;
         snprintf(new->name, sizeof new->name, "%s", name);
         pthread_mutex_init(&new->sync_mutex, NULL);
         pthread_cond_init(&new->synced, NULL);
@@ -130,6 +133,7 @@ int ucm_segments_add(ucm_segments *store, const char *name, ucm_segment_file *fi
     if (status) {
         free(new);
         free(slots);
+        free(keys);
         ucm_segment_close(file);
         return status;
     }
@@ -180,13 +184,28 @@ void ucm_segments_name(ucm_segments *store, const segment *of, char name[UCM_SEG
     pthread_mutex_unlock(&store->mutex);
 }
 
+/* Moves the directory's time, so that all handles look again. */
+static void tell(ucm_segments *store)
+{
+    char name[64];
+    snprintf(name, sizeof name, "changed-%lx-%llx-%llx", (long)getpid(),
+             (unsigned long long)store->opened_ns,
+             (unsigned long long)atomic_fetch_add(&store->names, 1));
+    int file = openat(store->directory, name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    if (file < 0)
+        return;
+    close(file);
+    (void)unlinkat(store->directory, name, 0);
+}
+
 void ucm_segments_retire(ucm_segments *store, segment *from, uint32_t slot, const uint8_t *id)
 {
+    char name[UCM_SEGMENT_NAME];
     pthread_mutex_lock(&store->mutex);
-    ucm_segments_remove(store, from, slot, id);
+    if (!memcmp(from->keys[slot], id, UCM_INDEX_KEY))
+        ucm_segments_remove(store, from, slot);
     ucm_segment_file file = from->file;
     pthread_mutex_unlock(&store->mutex);
-    char name[UCM_SEGMENT_NAME];
     ucm_segments_name(store, from, name);
     file.file = openat(store->directory, name, O_WRONLY | O_CLOEXEC);
     file.writable = 0;
@@ -195,8 +214,8 @@ void ucm_segments_retire(ucm_segments *store, segment *from, uint32_t slot, cons
     ucm_segment_entry entry;
     /* Unless it has become another block's meanwhile. */
     if (!ucm_segment_entries(&from->file, slot, 1, &entry) && entry.used &&
-        !memcmp(entry.block, id, UCM_ID_BYTES))
-        (void)ucm_segment_write_entry(&file, slot, NULL);
+        !memcmp(entry.block, id, UCM_ID_BYTES) && !ucm_segment_write_entry(&file, slot, NULL))
+        tell(store);
     close(file.file);
 }
 
@@ -228,38 +247,65 @@ static segment *named(ucm_segments *store, const char *name)
     return NULL;
 }
 
-static void scan_directory(ucm_segments *store)
+typedef struct {
+    char (*names)[UCM_SEGMENT_NAME];
+    uint32_t count, room;
+} name_list;
+
+static int append_name(name_list *list, const char *name)
 {
+    if (list->count == list->room) {
+        uint32_t room = list->room ? 2 * list->room : 16;
+        void *names = realloc(list->names, room * sizeof *list->names);
+        if (!names)
+            return UCM_MEMORY;
+        list->names = names;
+        list->room = room;
+    }
+    memcpy(list->names[list->count++], name, strlen(name) + 1);
+    return UCM_OK;
+}
+
+/* Returns whether all of it was read.  Segments that have gone are forgotten before new ones are
+ * read: a block that was kept when its segment was taken over is in both. */
+static int scan_directory(ucm_segments *store)
+{
+    name_list new = {0};
+    int status = UCM_OK;
     DIR *listing = opendir(store->path);
     if (!listing)
-        return;
+        return 0;
+    for (struct dirent *entry; !status && (entry = readdir(listing));)
+        if (ucm_is_segment_name(entry->d_name))
+            status = append_name(&new, entry->d_name);
+    closedir(listing);
     pthread_mutex_lock(&store->mutex);
     for (uint32_t i = 0; i < store->segment_count; i++)
         if (store->segments[i])
             store->segments[i]->seen = 0;
-    pthread_mutex_unlock(&store->mutex);
-    for (struct dirent *entry; (entry = readdir(listing));) {
-        if (!ucm_is_segment_name(entry->d_name))
-            continue;
-        pthread_mutex_lock(&store->mutex);
-        segment *known = named(store, entry->d_name);
+    uint32_t count = new.count;
+    new.count = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        segment *known = named(store, new.names[i]);
         if (known)
             known->seen = 1;
-        pthread_mutex_unlock(&store->mutex);
-        if (!known)
-            open_found(store, entry->d_name);
+        else
+            memmove(new.names[new.count++], new.names[i], UCM_SEGMENT_NAME);
     }
-    closedir(listing);
-    pthread_mutex_lock(&store->mutex);
-    for (uint32_t i = 0; i < store->segment_count; i++) {
+    for (uint32_t i = 0; i < store->segment_count && !status; i++) {
         segment *known = store->segments[i];
         if (known && !known->seen && !known->active)
             ucm_segments_forget(store, known);
     }
     pthread_mutex_unlock(&store->mutex);
+    for (uint32_t i = 0; i < new.count; i++)
+        open_found(store, new.names[i]);
+    free(new.names);
+    return !status;
 }
 
-static void follow_growing(ucm_segments *store)
+/* Reads the tables of the segments that may have grown, or of all but this handle's own. */
+static void read_tables(ucm_segments *store, int all)
 {
     for (uint32_t i = 0;; i++) {
         pthread_mutex_lock(&store->mutex);
@@ -268,11 +314,11 @@ static void follow_growing(ucm_segments *store)
             return;
         }
         segment *known = store->segments[i];
-        int grows = known && !known->active && known->indexed < known->file.slot_count;
-        if (grows)
+        int wanted = known && !known->active && (all || known->indexed < known->file.slot_count);
+        if (wanted)
             known->references++;
         pthread_mutex_unlock(&store->mutex);
-        if (grows) {
+        if (wanted) {
             (void)ucm_segments_read_table(store, known);
             ucm_segments_let_go(store, known);
         }
@@ -289,12 +335,13 @@ void ucm_segments_refresh(ucm_segments *store)
     struct timespec wall;
     clock_gettime(CLOCK_REALTIME, &wall);
     uint64_t now = (uint64_t)wall.tv_sec * 1000000000u + (uint64_t)wall.tv_nsec;
-    if (!changed || changed != store->directory_ns || store->scanned_ns < changed + SETTLED_NS) {
-        scan_directory(store);
+    int look = !changed || changed != store->directory_ns ||
+               store->scanned_ns < changed + SETTLED_NS;
+    if (look && scan_directory(store)) {
         store->directory_ns = changed;
         store->scanned_ns = now;
     }
-    follow_growing(store);
+    read_tables(store, look);
     atomic_store(&store->refreshed_ns, started);
     pthread_mutex_unlock(&store->refreshing);
 }

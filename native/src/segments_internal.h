@@ -35,6 +35,7 @@ typedef struct {
     uint64_t hit_noted_ns;
     int64_t lease_end_s; /* as last noted by this handle */
     uint8_t *slots;      /* SLOT_ flags */
+    uint8_t (*keys)[UCM_INDEX_KEY]; /* of the block that the index has for a slot */
     /* Group commit. */
     pthread_mutex_t sync_mutex;
     pthread_cond_t synced;
@@ -85,6 +86,7 @@ struct ucm_segments {
     ucm_index index;
     segment **segments;
     uint32_t segment_count, segment_room;
+    uint64_t alone_until_ns; /* no second segment could be made: not tried again before */
     int growing;            /* a thread makes or takes over a segment */
     uint64_t blocks, evicted;
     open_block *table;
@@ -97,7 +99,6 @@ typedef struct {
     struct timespec written, loaded;
     uint64_t inode;
     uint64_t bytes; /* 0 when it has been removed */
-    int spared;     /* in this search */
 } ucm_found_segment;
 
 typedef struct {
@@ -124,7 +125,7 @@ int ucm_segments_add(ucm_segments *store, const char *name, ucm_segment_file *fi
 
 void ucm_segments_free(segment *ended);
 
-/* Brings the index up to what the table of a segment says. */
+/* Makes the index agree with the table of a segment. */
 int ucm_segments_read_table(ucm_segments *store, segment *from);
 
 /* Forgets a segment; `mutex` is held. */
@@ -132,7 +133,7 @@ void ucm_segments_forget(ucm_segments *store, segment *lost);
 
 /* Adds or removes a record of the index; `mutex` is held. */
 int ucm_segments_insert(ucm_segments *store, segment *into, uint32_t slot, const uint8_t *id);
-void ucm_segments_remove(ucm_segments *store, segment *from, uint32_t slot, const uint8_t *id);
+void ucm_segments_remove(ucm_segments *store, segment *from, uint32_t slot);
 
 /* Copies the name of a segment, which changes when it is taken over. */
 void ucm_segments_name(ucm_segments *store, const segment *of, char name[UCM_SEGMENT_NAME]);
@@ -149,6 +150,8 @@ int ucm_segments_reserve(ucm_segments *store, segment **into, uint32_t *slot);
 /* Takes the lock under which one handle at a time, over all processes, looks for room.  Returns a
  * file to close, or -1. */
 int ucm_segments_lock_capacity(ucm_segments *store, int *status);
+
+void ucm_segments_unlock_capacity(int lock);
 
 /* Removes what a writer that was killed left half made; the capacity's lock is held, under which
  * all segments are made. */
@@ -178,6 +181,10 @@ int ucm_segments_pinned(int directory, const uint8_t *id, uint32_t shard);
 
 ucm_block_function ucm_segments_load_block;
 ucm_block_function ucm_segments_dump_block;
+
+/* Gives up a block that nobody continues, if there is one; returns whether there was.  The caller
+ * holds the mutex, which is let go meanwhile. */
+int ucm_segments_give_up_abandoned(ucm_segments *store);
 
 /* Ends a block that no job holds and frees its place; takes the mutex. */
 void ucm_segments_give_up(ucm_segments *store, open_block *block);

@@ -234,7 +234,8 @@ static int load_once(ucm_worker *worker, ucm_batch *batch, uint32_t block)
         /* Taken over by another writer meanwhile. */
         status = UCM_MISSING;
         pthread_mutex_lock(&store->mutex);
-        ucm_segments_remove(store, from, slot, id);
+        if (!memcmp(from->keys[slot], id, UCM_INDEX_KEY))
+            ucm_segments_remove(store, from, slot);
         pthread_mutex_unlock(&store->mutex);
     }
     ucm_segments_let_go(store, from);

@@ -12,7 +12,7 @@
 #include <time.h>
 #include <unistd.h>
 
-static const uint64_t PATIENCE_NS = 1000000000;
+static const uint64_t PATIENCE_NS = 1000000000, ALONE_NS = 100000000;
 
 static void new_name(ucm_segments *store, char name[UCM_SEGMENT_NAME])
 {
@@ -61,34 +61,29 @@ static int make_segment(ucm_segments *store, uint32_t slot_count)
 }
 
 /*
- * Frees the slots that need not stay: not pinned, and not loaded by this handle, or one too many.
- * Returns how many are free.
+ * Finds out which slots are free, and with `evict` frees those that need not stay: not pinned, and
+ * not loaded by this handle, or one too many.  Returns how many are free.
  */
-static uint32_t free_slots(ucm_segments *store, segment *mine)
+static uint32_t free_slots(ucm_segments *store, segment *mine, int evict)
 {
     uint32_t freed = 0;
     uint32_t left = mine->file.slot_count / 4; /* most slots that stay because they were loaded */
     for (uint32_t slot = 0; slot < mine->file.slot_count; slot++) {
         ucm_segment_entry entry;
-        int status = ucm_segment_entries(&mine->file, slot, 1, &entry);
+        int used = ucm_segment_entries(&mine->file, slot, 1, &entry) || entry.used;
         pthread_mutex_lock(&store->mutex);
-        int loaded = mine->slots[slot] & SLOT_LOADED;
-        mine->slots[slot] &= (uint8_t)~SLOT_LOADED;
+        int stays = used && (!evict || (mine->slots[slot] & SLOT_LOADED && left));
+        left -= evict && stays;
+        if (evict)
+            mine->slots[slot] &= (uint8_t)~SLOT_LOADED;
         pthread_mutex_unlock(&store->mutex);
-        if (!status && entry.used) {
-            if (ucm_segments_pinned(store->directory, entry.block, mine->file.shard))
-                continue;
-            if (loaded && left) {
-                left--;
-                continue;
-            }
-        }
-        (void)ucm_segment_write_entry(&mine->file, slot, NULL);
+        if (stays || (used && ucm_segments_pinned(store->directory, entry.block, mine->file.shard)))
+            continue;
+        if (used)
+            (void)ucm_segment_write_entry(&mine->file, slot, NULL);
         pthread_mutex_lock(&store->mutex);
-        if (!status && entry.used) {
-            ucm_segments_remove(store, mine, slot, entry.block);
-            store->evicted++;
-        }
+        ucm_segments_remove(store, mine, slot);
+        store->evicted += (uint64_t)used;
         mine->slots[slot] &= (uint8_t)~SLOT_TAKEN;
         pthread_mutex_unlock(&store->mutex);
         freed++;
@@ -114,8 +109,7 @@ static segment *known_as(ucm_segments *store, const char *name)
  * Makes `file`, whose lock this handle has, the one that `known` is written through, where its
  * mapping may be written: then no faults are taken on its pages again.
  */
-static int write_through(ucm_segments *store, segment *known, ucm_segment_file *file,
-                         const char *name)
+static int write_through(ucm_segments *store, segment *known, ucm_segment_file *file)
 {
     if (!known->file.map || !known->file.writable)
         return 0;
@@ -123,56 +117,74 @@ static int write_through(ucm_segments *store, segment *known, ucm_segment_file *
     known->file.file = file->file;
     known->file.overwrites = 1;
     known->file.writing = 1;
-    memcpy(known->name, name, UCM_SEGMENT_NAME);
     pthread_mutex_unlock(&store->mutex);
     file->file = -1;
     ucm_segment_close(file);
     return 1;
 }
 
-/* Takes over a segment of this directory and shard, whose lock nobody has.  UCM_BUSY when every
- * block in it is pinned. */
-static int take_over_locked(ucm_segments *store, const char *old_name, int evict)
+/* Opens a segment of this shard for writing, as one that this handle knows; with a reference. */
+static int open_to_write(ucm_segments *store, const char *name, int evict, segment **mine)
 {
-    char name[UCM_SEGMENT_NAME] = {0};
     ucm_segment_file file;
-    int status = ucm_segment_open(store->directory, old_name, &store->shape, store->access, 1,
-                                  &file);
+    struct stat information;
+    struct timespec now;
+    int status = ucm_segment_open(store->directory, name, &store->shape, store->access, 1, &file);
     if (status)
         return status;
-    /* Nobody else takes it for the oldest while it is overwritten. */
-    const struct timespec now[2] = {{.tv_nsec = UTIME_NOW}, {.tv_nsec = UTIME_NOW}};
-    new_name(store, name);
-    if (file.shard != store->shard)
-        status = UCM_BUSY;
-    else if (renameat(store->directory, old_name, store->directory, name))
-        status = ucm_status_from_errno(errno);
-    if (status) {
+    clock_gettime(CLOCK_REALTIME, &now);
+    /* It may have been leased since it was chosen. */
+    if (file.shard != store->shard || fstat(file.file, &information) ||
+        (evict && information.st_atim.tv_sec > now.tv_sec)) {
         ucm_segment_close(&file);
-        return status;
+        return UCM_BUSY;
     }
-    (void)futimens(file.file, now);
-    segment *mine = known_as(store, old_name);
-    if (mine && !write_through(store, mine, &file, name)) {
+    *mine = known_as(store, name);
+    if (*mine && write_through(store, *mine, &file))
+        return UCM_OK;
+    if (*mine) {
         pthread_mutex_lock(&store->mutex);
-        mine->references--;
-        ucm_segments_forget(store, mine);
+        (*mine)->references--;
+        ucm_segments_forget(store, *mine);
         pthread_mutex_unlock(&store->mutex);
-        mine = NULL;
     }
-    if (mine)
-        (void)ucm_segments_read_table(store, mine); /* what its last writer added meanwhile */
+    return ucm_segments_add(store, name, &file, mine);
+}
+
+/* Gives a segment that this handle has opened for writing its new name. */
+static int rename_mine(ucm_segments *store, segment *mine)
+{
+    const struct timespec now[2] = {{.tv_nsec = UTIME_OMIT}, {.tv_nsec = UTIME_NOW}};
+    char name[UCM_SEGMENT_NAME] = {0};
+    new_name(store, name);
+    /* Nobody else takes it for the oldest while it is overwritten. */
+    (void)futimens(mine->file.file, now);
+    if (renameat(store->directory, mine->name, store->directory, name))
+        return ucm_status_from_errno(errno);
+    pthread_mutex_lock(&store->mutex);
+    memcpy(mine->name, name, UCM_SEGMENT_NAME);
+    pthread_mutex_unlock(&store->mutex);
+    return UCM_OK;
+}
+
+/* Takes over a segment whose lock nobody has.  The slots are freed before the name changes: who
+ * reads it under the new name sees what is there.  UCM_BUSY when no slot is free. */
+static int take_over_locked(ucm_segments *store, const char *name, int evict)
+{
+    segment *mine;
+    int status = open_to_write(store, name, evict, &mine);
+    if (status)
+        return status;
+    status = ucm_segments_read_table(store, mine); /* what its last writer added meanwhile */
+    if (!status && !free_slots(store, mine, evict))
+        status = UCM_BUSY;
+    if (!status)
+        status = rename_mine(store, mine);
+    if (status)
+        ucm_segment_stop_writing(&mine->file);
     else
-        status = ucm_segments_add(store, name, &file, &mine);
-    if (!status) {
-        if (evict && !free_slots(store, mine)) {
-            ucm_segment_stop_writing(&mine->file);
-            status = UCM_BUSY;
-        } else {
-            start_writing(store, mine);
-        }
-        ucm_segments_let_go(store, mine);
-    }
+        start_writing(store, mine);
+    ucm_segments_let_go(store, mine);
     return status;
 }
 
@@ -256,7 +268,7 @@ static int find_room(ucm_segments *store, int evict)
     if (!status && adopt(store))
         status = make_room(store, &all, evict);
     free(all.found);
-    close(lock);
+    ucm_segments_unlock_capacity(lock);
     return status;
 }
 
@@ -294,24 +306,31 @@ static int wait_until(ucm_segments *store, uint64_t end_ns)
 /* Whether a segment is about to be sealed: then it may be taken over. */
 static int soon_evictable(const ucm_segments *store)
 {
-    for (uint32_t i = 0; i < store->segment_count; i++)
-        if (store->segments[i] && store->segments[i]->active &&
-            ucm_segments_is_full(store->segments[i]))
+    for (uint32_t i = 0; i < store->segment_count; i++) {
+        segment *one = store->segments[i];
+        if (one && one->active && !one->writers && ucm_segments_is_full(one))
             return 1;
+    }
+    for (uint32_t i = 0; i < store->table_size; i++) {
+        const open_block *block = &store->table[i];
+        if (block->used && block->users && block->segment && ucm_segments_is_full(block->segment))
+            return 1;
+    }
     return 0;
 }
 
 int ucm_segments_reserve(ucm_segments *store, segment **into, uint32_t *slot)
 {
     const uint64_t end_ns = ucm_now_ns() + PATIENCE_NS;
-    int status = UCM_OK, alone = 0; /* no second segment could be made beside the busy one */
+    int status = UCM_OK;
     pthread_mutex_lock(&store->mutex);
     for (;;) {
         uint32_t active;
         segment *best = least_busy(store, &active);
         /* One inode serialises its writers: another segment, unless there are enough. */
-        int enough = best && (!best->writers || active >= store->active_segments);
-        if (best && (enough || store->growing || alone)) {
+        int enough = best && (!best->writers || active >= store->active_segments ||
+                              ucm_now_ns() < store->alone_until_ns);
+        if (best && (enough || store->growing)) {
             *slot = best->next_free;
             best->slots[*slot] |= SLOT_TAKEN;
             best->writers++;
@@ -319,7 +338,8 @@ int ucm_segments_reserve(ucm_segments *store, segment **into, uint32_t *slot)
             *into = best;
             break;
         }
-        if (status == UCM_NO_SPACE && soon_evictable(store) && wait_until(store, end_ns))
+        if (status == UCM_NO_SPACE && ((soon_evictable(store) && wait_until(store, end_ns)) ||
+                                       ucm_segments_give_up_abandoned(store)))
             status = UCM_OK;
         if (status)
             break;
@@ -334,7 +354,7 @@ int ucm_segments_reserve(ucm_segments *store, segment **into, uint32_t *slot)
         pthread_mutex_lock(&store->mutex);
         store->growing = 0;
         if (best && status) {
-            alone = 1;
+            store->alone_until_ns = ucm_now_ns() + ALONE_NS;
             status = UCM_OK;
         }
         pthread_cond_broadcast(&store->changed);

@@ -128,7 +128,8 @@ static void damage_is_a_miss_and_is_written_anew(void)
         CHECK_OK(load_one(1));
     }
     /* One block's record in the place of another's, of the same segment. */
-    int file = open_segment_of(4, &record, &entry), second = open_segment_of(5, &other, &other_entry);
+    int file = open_segment_of(4, &record, &entry);
+    int second = open_segment_of(5, &other, &other_entry);
     static uint8_t copy[4096 + PAYLOAD];
     CHECK(pread(file, copy, sizeof copy, record) == sizeof copy);
     CHECK(pwrite(second, copy, sizeof copy, other) == sizeof copy);

@@ -123,6 +123,10 @@ class FileStore(KVStoreBase):
     def _open(self) -> None:
         layout, options = self.context.layout, self._options
         access = _access(options)
+        least = layout.payload_bytes + 16384
+        if options.capacity_bytes is not None and options.capacity_bytes < least:
+            msg = f"store.capacity_bytes={options.capacity_bytes}: one block takes {least} bytes"
+            raise ConfigError(msg)
         segment_bytes = options.segment_bytes
         if options.capacity_bytes is not None:
             segment_bytes = min(segment_bytes, max(1 << 16, options.capacity_bytes // 8))
