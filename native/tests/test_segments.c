@@ -227,6 +227,20 @@ static void the_capacity_holds_and_the_oldest_go(settings with)
         there += !load_number(number);
     CHECK(there == stats.blocks);
 
+    /* What nobody continues does not hold room for ever. */
+    for (uint32_t number = 0; number < 40; number++) {
+        uint8_t id[ID] = {(uint8_t)number, 1, 98};
+        ucm_row rows[PIECES];
+        ucm_batch *batch;
+        whole_rows(rows, source, 0, 1);
+        CHECK_OK(ucm_segments_dump(store, id, 1, rows, 1, &batch));
+        CHECK_OK(finish(batch, 0));
+        ucm_batch_release(batch);
+        CHECK_OK(dump_number(NUMBERS / 2 + number));
+    }
+    for (uint32_t number = NUMBERS - 2; number < NUMBERS; number++)
+        CHECK_OK(dump_number(number));
+
     /* Pinned blocks stay whatever comes, leased ones as long as the lease. */
     uint8_t pinned[ID] = {NUMBERS - 1, 0, 99}, leased[ID] = {NUMBERS - 2, 0, 99}, found;
     uint32_t count;

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -314,6 +315,51 @@ store.close()
         assert (load(store, ids_of(3)) == payloads_of(3)).all()
 
 
+def test_handles_agree_on_what_is_there_while_segments_are_taken_over(tmp_path: Path) -> None:
+    hot = ids_of(2, seed=1)
+    with (
+        open_at(tmp_path, capacity_bytes=8 << 20) as writer,
+        open_at(tmp_path, capacity_bytes=8 << 20) as reader,
+    ):
+        dump(writer, hot, payloads_of(2, seed=1))
+        for seed in range(100, 160):
+            ids, payloads = ids_of(10, seed), payloads_of(10, seed)
+            dump(writer, ids, payloads)
+            assert (load(writer, hot) == payloads_of(2, seed=1)).all()
+            # A miss makes it look again; then both know the same of all that was ever there.
+            assert not reader.lookup(ids_of(1, seed=9)).any()
+            ever = hot + [id for past in range(100, seed + 1) for id in ids_of(10, past)]
+            assert reader.lookup(ever).tolist() == writer.lookup(ever).tolist()
+            assert (load(reader, hot + ids)[2:] == payloads).all()
+        assert reader.stats().blocks == writer.stats().blocks
+
+
+def test_a_block_that_another_handle_deletes_is_gone_and_can_be_dumped_anew(
+    tmp_path: Path,
+) -> None:
+    ids, payloads = ids_of(3), payloads_of(3)
+    with open_at(tmp_path) as first, open_at(tmp_path) as second:
+        dump(first, ids, payloads)
+        assert second.lookup(ids).all()
+        assert first.delete(ids[:2]) == 2
+        assert not second.lookup(ids_of(1, seed=9)).any()
+        assert second.lookup(ids).tolist() == [False, False, True]
+        dump(second, ids, payloads)
+        with open_at(tmp_path) as third:
+            assert (load(third, ids) == payloads).all()
+            assert third.stats().blocks == 3
+
+
+def test_a_lease_outlives_the_change_of_a_writer(tmp_path: Path) -> None:
+    with open_at(tmp_path, active_segments=1) as store:
+        dump(store, ids_of(2), payloads_of(2))
+        assert store.lookup_prefix(ids_of(2), lease_s=600) == 2
+    with open_at(tmp_path, active_segments=1) as store:
+        dump(store, ids_of(2, seed=1), payloads_of(2, seed=1))
+        (segment,) = segments_of(store)
+        assert segment.stat().st_atime > time.time() + 500
+
+
 def test_a_segment_whose_writer_has_gone_is_written_on(tmp_path: Path) -> None:
     for seed in range(5):
         with open_at(tmp_path, active_segments=1) as store:
@@ -326,6 +372,7 @@ def test_a_segment_whose_writer_has_gone_is_written_on(tmp_path: Path) -> None:
 
 WRITER = """
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path

@@ -229,7 +229,7 @@ def _prepare(root: Path, context: StoreContext, *, durable: bool) -> Path:
     layout, namespace = context.layout, context.namespace
     directory = root / namespace.digest().hex() / layout.digest().hex()
     try:
-        _check_version(root)
+        check_version(root)
         for folder in (directory.parent, directory):
             folder.mkdir(exist_ok=True, mode=0o700)
         _describe(directory.parent / "namespace.json", namespace.describe())
@@ -257,7 +257,8 @@ def _make_durable(directory: Path, root: Path) -> None:
             os.close(file)
 
 
-def _check_version(root: Path) -> None:
+def check_version(root: Path) -> None:
+    """Refuse a directory of another format version; a new one gets this version."""
     marker = root / _MARKER
     if not marker.exists():
         _describe(marker, {"format_version": FORMAT_VERSION})
