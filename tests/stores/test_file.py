@@ -11,15 +11,14 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ucm_sdk._native import crc32c
-from ucm_sdk.errors import ConfigError, CorruptBlockError, StoreError
+from segment_files import SMALL, open_at, segments_of
+from ucm_sdk.errors import ConfigError, StoreError
 from ucm_sdk.store import StoreContext, open_store
 from ucm_sdk.stores.file import FileStore, NFSStore
 from ucm_sdk.testing import StoreSuite
@@ -32,9 +31,6 @@ from ucm_sdk.testing.store_suite import (
     load,
     payloads_of,
 )
-
-SMALL = {"segment_bytes": 1 << 20}
-"""A dozen blocks of the suite in a segment."""
 
 
 class TestFileStore(StoreSuite):
@@ -56,43 +52,6 @@ class TestDurableFileStore(StoreSuite):
     @pytest.fixture(params=["each", "group"])
     def options(self, tmp_path: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
         return {"kind": "file", "directory": str(tmp_path), **SMALL, "durability": request.param}
-
-
-def open_at(directory: Path, **options: object) -> FileStore:
-    options = {"kind": "file", "directory": str(directory), **SMALL, **options}
-    store = open_store(options, StoreContext(NAMESPACE, LAYOUT))
-    assert isinstance(store, FileStore)
-    return store
-
-
-def segments_of(store: FileStore) -> list[Path]:
-    return sorted(store.directory.glob("*.seg"))
-
-
-@dataclass(frozen=True)
-class Record:
-    """Where a block lies; the numbers are those of docs/reference/on-disk-format.md."""
-
-    path: Path
-    entry: int
-    offset: int
-    size: int
-
-
-def record_of(directory: Path, id: bytes) -> Record:
-    for path in directory.rglob("*.seg"):
-        data = path.read_bytes()
-        slot_count = int.from_bytes(data[88:92], "little")
-        slot_bytes = int.from_bytes(data[96:104], "little")
-        slots_at = int.from_bytes(data[104:112], "little")
-        for slot in range(slot_count):
-            entry = 4096 + 64 * slot
-            checksum = int.from_bytes(data[entry + 60 : entry + 64], "little")
-            if data[entry : entry + 36] != id + b"\1\0\0\0":
-                continue
-            if checksum == crc32c(data[entry : entry + 60]):
-                return Record(path, entry, slots_at + slot * slot_bytes, slot_bytes)
-    raise KeyError(id)
 
 
 def test_the_other_name_is_the_same_store() -> None:
@@ -139,122 +98,6 @@ def test_what_lies_beside_the_data_can_be_read(tmp_path: Path) -> None:
         geometry = json.loads((store.directory / "geometry.json").read_text())
     assert namespace["model"] == "suite"
     assert geometry["block_tokens"] == LAYOUT.block_tokens
-
-
-def overwrite(path: Path, offset: int, data: bytes) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(data)
-
-
-def damage(record: Record, how: str, generator: random.Random) -> None:
-    """Change bytes of a record that its checks cover, or its entry, or cut the file short."""
-    content = record.path.read_bytes()
-    header = 4096
-    used = header + LAYOUT.payload_bytes
-    position = record.offset + generator.randrange(used)
-    if how == "flip":
-        overwrite(record.path, position, bytes([content[position] ^ 1 << generator.randrange(8)]))
-    elif how == "zero":
-        length = min(generator.randrange(1, 9000), record.offset + used - position)
-        if any(content[position : position + length]):
-            overwrite(record.path, position, bytes(length))
-        else:
-            overwrite(record.path, position, b"\1")
-    elif how == "garbage":
-        overwrite(record.path, record.offset, generator.randbytes(used))
-    elif how == "entry":
-        where = record.entry + generator.randrange(64)
-        overwrite(record.path, where, bytes([content[where] ^ 1 << generator.randrange(8)]))
-    elif how == "truncate":
-        os.truncate(record.path, generator.randrange(record.offset, record.offset + used))
-
-
-@pytest.mark.parametrize("access", ["mapped", "buffered"])
-@pytest.mark.parametrize("how", ["flip", "zero", "garbage", "entry"])
-def test_a_damaged_record_is_a_miss_and_never_wrong(tmp_path: Path, how: str, access: str) -> None:
-    generator = random.Random(how)
-    ids, payloads = ids_of(4), payloads_of(4)
-    with open_at(tmp_path, access=access) as store:
-        for _ in range(60):
-            dump(store, ids, payloads)
-            victim = generator.randrange(4)
-            damage(record_of(tmp_path, ids[victim]), how, generator)
-            memory = np.full_like(payloads, 0xEE)
-            task = store.load(batch_of(ids, memory), owners=memory)
-            if how == "entry" and access == "buffered":
-                # The record itself is whole, and a reader that does not map has it by heart.
-                task.wait(30)
-                assert (memory == payloads).all()
-                store.delete(ids)
-                continue
-            with pytest.raises(StoreError):
-                task.wait(30)
-            good = task.statuses == 0
-            assert good.tolist() == [index != victim for index in range(4)]
-            assert (memory[good] == payloads[good]).all()
-
-
-@pytest.mark.parametrize("access", ["mapped", "buffered"])
-def test_a_truncated_segment_is_a_miss_and_never_a_crash(tmp_path: Path, access: str) -> None:
-    generator = random.Random(3)
-    for round in range(20):
-        directory = tmp_path / str(round)
-        directory.mkdir()
-        ids, payloads = ids_of(8), payloads_of(8)
-        with open_at(directory, access=access, active_segments=1) as store:
-            dump(store, ids, payloads)
-            damage(record_of(directory, ids[generator.randrange(8)]), "truncate", generator)
-            memory = np.full_like(payloads, 0xEE)
-            task = store.load(batch_of(ids, memory), owners=memory)
-            with pytest.raises(StoreError):
-                task.wait(30)
-            good = task.statuses == 0
-            assert (memory[good] == payloads[good]).all()
-            store.lookup(ids_of(3, seed=9))
-        with open_at(directory, access=access) as store:
-            assert not store.lookup(ids).any()
-            dump(store, ids, payloads)
-            assert (load(store, ids) == payloads).all()
-
-
-def test_records_in_each_others_places_are_misses(tmp_path: Path) -> None:
-    with open_at(tmp_path) as store:
-        dump(store, ids_of(2), payloads_of(2))
-        first, second = (record_of(tmp_path, id) for id in ids_of(2))
-        data = first.path.read_bytes()
-        overwrite(first.path, first.offset, data[second.offset :][: second.size])
-        overwrite(second.path, second.offset, data[first.offset :][: first.size])
-        memory = np.full_like(payloads_of(2), 0xEE)
-        with pytest.raises(CorruptBlockError):
-            store.load(batch_of(ids_of(2), memory), owners=memory).wait(30)
-        assert (memory == 0xEE).all()
-
-
-def test_files_that_are_no_segments_are_left_alone(tmp_path: Path) -> None:
-    generator = random.Random(6)
-    with open_at(tmp_path, active_segments=1) as store:
-        dump(store, ids_of(3), payloads_of(3))
-        (good,) = segments_of(store)
-        content = good.read_bytes()
-        foreign = bytearray(content[:4096])
-        foreign[8:12] = (7).to_bytes(4, "little")
-        foreign[12:16] = bytes(4)
-        foreign[12:16] = crc32c(foreign).to_bytes(4, "little")
-        strange = {
-            "empty.seg": b"",
-            "short.seg": content[:5000],
-            "noise.seg": generator.randbytes(70_000),
-            "foreign.seg": bytes(foreign) + content[4096:],
-        }
-        for name, data in strange.items():
-            (store.directory / name).write_bytes(data)
-    with open_at(tmp_path) as store:
-        assert store.stats().blocks == 3
-        assert (load(store, ids_of(3)) == payloads_of(3)).all()
-        dump(store, ids_of(30, seed=1), payloads_of(30, seed=1))
-        for name, data in strange.items():
-            assert (store.directory / name).read_bytes() == data
 
 
 def test_the_capacity_holds_for_writers_of_all_namespaces(tmp_path: Path) -> None:
