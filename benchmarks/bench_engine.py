@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: MIT
 """What the connector costs where it finds nothing, and what a hit gives; in real vLLM on a CPU.
 
-``python benchmarks/bench_engine.py MODEL_DIRECTORY [--rounds N]`` starts two engines, one with the
-connector and one without, and gives both the same prompts in turn: never-hit prompts for the cost
-of a miss, in time and, with far less noise, in processor time; then one long prompt, from the
-store and from vLLM's own memory in turn.  It prints medians, spreads and ratios, and writes
+``python benchmarks/bench_engine.py MODEL_DIRECTORY [--rounds N]`` starts three engines, one
+with the file store, one with the connector and a store that takes everything and keeps nothing, one
+without a connector, and gives all the same prompts in turn: never-hit prompts for the cost of a
+miss, in time and in processor time; then one long prompt, from the store and from vLLM's own memory
+in turn.  It prints medians, spreads and ratios, and writes
 build/bench-engine.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import pydoc_data.topics
+import signal
 import statistics
 import subprocess
 import sys
@@ -50,6 +53,7 @@ class Engine:
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
+            start_new_session=True,
         )
 
     def call(self, **request: Any) -> Any:
@@ -64,8 +68,9 @@ class Engine:
         sys.exit("an engine ended early")
 
     def close(self) -> None:
-        """End the process."""
-        self._process.terminate()
+        """End the process and those that it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 
@@ -128,7 +133,7 @@ def row(name: str, with_ucm: list[float], without: list[float], unit: str) -> di
     ratio = medians[0] / medians[1]
     pairs = [a / b for a, b in zip(with_ucm, without, strict=True)]
     print(
-        f"  {name:<34} {medians[0]:9.3f} {medians[1]:9.3f} {unit:<9} ratio {ratio:.3f}"
+        f"  {name:<40} {medians[0]:9.3f} {medians[1]:9.3f} {unit:<9} ratio {ratio:.3f}"
         f"   pairs {min(pairs):.3f} to {max(pairs):.3f}"
     )
     return {
@@ -143,12 +148,15 @@ def row(name: str, with_ucm: list[float], without: list[float], unit: str) -> di
 
 def measure(model: str, directory: str, rounds: int) -> list[dict[str, Any]]:
     """Run all comparisons."""
-    store = {"store": {"kind": "file", "directory": directory}}
-    engines = {"with": Engine(model, store), "without": Engine(model, None)}
-    results: dict[str, list[dict[str, float]]] = {"with": [], "without": []}
+    engines = {
+        "file": Engine(model, {"store": {"kind": "file", "directory": directory}}),
+        "null": Engine(model, {"store": {"kind": "null"}}),
+        "without": Engine(model, None),
+    }
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
     try:
         for index in range(-1, rounds):
-            # Who goes first alternates, so that a drift of the machine hits both.
+            # Who goes first alternates, so that a drift of the machine hits all.
             order = list(engines) if index % 2 else list(reversed(engines))
             for name in order:
                 prompt = {"seed": 100 + index, "start": 0, "length": MISS_TOKENS}
@@ -157,26 +165,29 @@ def measure(model: str, directory: str, rounds: int) -> list[dict[str, Any]]:
                 if index >= 0:  # the first round warms up
                     results[name].append(answer)
             print(f"  round {index + 1} of {rounds}", flush=True)
+        engines["null"].close()
         engines["without"].close()
         prompt = {"seed": 7, "start": 0, "length": LONG_TOKENS, "new": 1}
-        cold = engines["with"].call(**prompt)
+        cold = engines["file"].call(**prompt)
         hits: dict[str, list[float]] = {"store": [], "memory": []}
         for _ in range(rounds):
-            hits["store"].append(engines["with"].call(**prompt, reset=True)["latency_s"])
-            hits["memory"].append(engines["with"].call(**prompt)["latency_s"])
+            hits["store"].append(engines["file"].call(**prompt, reset=True)["latency_s"])
+            hits["memory"].append(engines["file"].call(**prompt)["latency_s"])
     finally:
         for engine in engines.values():
             engine.close()
-    print(f"\n  {'':<34} {'with':>9} {'without':>9}")
+    print(f"\n  {'':<40} {'with':>9} {'without':>9}")
     rows = []
     for label, key, unit in (
-        (f"miss, first token of {MISS_TOKENS}", "latency_s", "s"),
-        ("miss, decode", "tokens_per_s", "tokens/s"),
-        ("miss, processor time in all", "cpu_s", "s"),
+        (f"first token of {MISS_TOKENS}", "latency_s", "s"),
+        ("decode", "tokens_per_s", "tokens/s"),
+        ("processor time in all", "cpu_s", "s"),
     ):
-        with_ucm, without = ([one[key] for one in results[name]] for name in results)
-        rows.append(row(label, with_ucm, without, unit))
-    print(f"\n  {'':<34} {'store':>9} {'memory':>9}")
+        without = [one[key] for one in results["without"]]
+        for name in ("file", "null"):
+            with_ucm = [one[key] for one in results[name]]
+            rows.append(row(f"miss, {label}, {name} store", with_ucm, without, unit))
+    print(f"\n  {'':<40} {'store':>9} {'memory':>9}")
     rows.append(row(f"hit, first token of {LONG_TOKENS}", hits["store"], hits["memory"], "s"))
     gain = cold["latency_s"] / statistics.median(hits["store"])
     print(f"  cold first token {cold['latency_s']:.2f} s: {gain:.1f} times the store's")

@@ -385,6 +385,8 @@ STORES = Registry(
     built_in={
         "memory": "ucm_sdk.stores.memory:MemoryStore",
         "file": "ucm_sdk.stores.file:FileStore",
+        "shared_memory": "ucm_sdk.stores.shared_memory:SharedMemoryStore",
+        "tiered": "ucm_sdk.stores.tiered:TieredStore",
         "faulty": "ucm_sdk.stores.faulty:FaultyStore",
         "throttled": "ucm_sdk.stores.throttled:ThrottledStore",
         "null": "ucm_sdk.stores.null:NullStore",

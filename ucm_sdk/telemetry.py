@@ -76,6 +76,15 @@ TIMEOUTS: Final = Metric(
 DROPPED_SAVES: Final = Metric(
     "ucm_dropped_save_blocks", Kind.COUNTER, "Blocks that were not saved.", ("reason",)
 )
+TIER_BLOCKS: Final = Metric(
+    "ucm_tier_blocks",
+    Kind.COUNTER,
+    "Blocks that a tier of a tiered store has read or written, by result.",
+    ("tier", "operation", "result"),
+)
+UNWRITTEN_BLOCKS: Final = Metric(
+    "ucm_unwritten_blocks", Kind.GAUGE, "Blocks that only the fast tier has, so far."
+)
 STORE_AVAILABLE: Final = Metric(
     "ucm_store_available", Kind.GAUGE, "1 while the store is asked, 0 while the breaker is open."
 )
@@ -86,6 +95,8 @@ METRICS: Final = (
     TRANSFER_BYTES,
     TRANSFER_SECONDS,
     REFUSED_TRANSFERS,
+    TIER_BLOCKS,
+    UNWRITTEN_BLOCKS,
     REQUESTS,
     HIT_TOKENS,
     LOOKUP_SECONDS,

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from ucm_sdk import telemetry
-from ucm_sdk.connector.availability import Breaker, LookupThread, Operation, PendingLookup
+from ucm_sdk.availability import Breaker, Operation
+from ucm_sdk.connector.lookups import LookupThread, PendingLookup
 from ucm_sdk.connector.plans import (
     LoadPlan,
     SavePlan,

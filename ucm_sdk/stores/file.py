@@ -47,7 +47,8 @@ _NETWORK_FILE_SYSTEMS: Final = (
 )
 
 
-def _default_threads() -> int:
+def default_threads() -> int:
+    """Return how many threads transfer blocks when nobody says."""
     return min(4, max(2, os.cpu_count() or 2))
 
 
@@ -71,7 +72,7 @@ class FileOptions(Strict):
     ``direct``: the same past the page cache; ``auto``: mapped, but buffered on a network mount."""
     io_engine: Literal["sync", "io_uring"] = "sync"
     """``io_uring`` falls back to ``sync`` where the kernel refuses it."""
-    io_threads: int = pydantic.Field(default_factory=_default_threads, ge=1, le=256)
+    io_threads: int = pydantic.Field(default_factory=default_threads, ge=1, le=256)
     """Threads that transfer blocks."""
     queue_blocks: int = pydantic.Field(default=65536, ge=1)
     """Most blocks that wait for a thread; more are refused."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 from __future__ import annotations
 
-from ucm_sdk.connector.availability import Breaker
+from ucm_sdk.availability import Breaker
 
 
 class Clock:
@@ -51,3 +51,11 @@ def test_a_lookup_that_works_does_not_say_that_loads_do() -> None:
     breaker.timed_out("lookup")
     breaker.succeeded("lookup")
     assert breaker.closed
+
+
+def test_lookups_that_work_do_not_hide_loads_that_fail() -> None:
+    breaker = Breaker(10, clock=Clock())
+    for _ in range(3):
+        breaker.succeeded("lookup")
+        breaker.failed("transfer")
+    assert not breaker.closed
