@@ -35,8 +35,11 @@ NEW_TOKENS = 32
 class Engine:
     """An engine in a process of its own that answers one JSON line with another."""
 
-    def __init__(self, model: str, config: dict[str, Any] | None) -> None:
-        """Start the process; ``ready`` waits for it."""
+    def __init__(
+        self, model: str, config: dict[str, Any] | None, *, role: str = "kv_both"
+    ) -> None:
+        """Start the process; the first call waits for it."""
+        options = {"model": model, "config": config, "role": role}
         environment = {
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
@@ -48,7 +51,7 @@ class Engine:
             **os.environ,
         }
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", json.dumps({"model": model, "config": config})],
+            [sys.executable, __file__, "--serve", json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -89,7 +92,7 @@ def serve(options: dict[str, Any]) -> None:
     if options["config"] is not None:
         transfer = {
             "kv_connector": "UcmConnector",
-            "kv_role": "kv_both",
+            "kv_role": options["role"],
             "kv_connector_extra_config": options["config"],
         }
     llm = LLM(

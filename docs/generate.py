@@ -42,8 +42,10 @@ TYPE_NAMES: Final = {
 BOUNDS: Final = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 FAILURES: Final = [s.label for s in Status if s not in {Status.OK, Status.PENDING}]
 
+PROCESSORS: Final = "the number of processors, at least 2 and at most 4"
 COMPUTED_DEFAULTS: Final = {
-    ("FileOptions", "io_threads"): "the number of processors, at least 2 and at most 4",
+    ("FileOptions", "io_threads"): PROCESSORS,
+    ("SharedMemoryOptions", "io_threads"): PROCESSORS,
 }
 """Defaults that depend on the machine, in words."""
 
@@ -104,7 +106,7 @@ OPERATIONS: Final = {
 }
 STATUS_TEXTS: Final = {
     "ok": "done",
-    "timeout": "given up by the store itself; the file store never does that",
+    "timeout": "given up by the store itself, as by a tiered one for its slow tier",
     "cancelled": "given up, since its time was over or its memory was needed",
     "invalid": "the system refused an argument",
     "memory": "no memory",
@@ -133,10 +135,22 @@ LABEL_VALUES: Final[dict[tuple[str, str], dict[str, str]]] = {
         "StoreBusyError": "the queue of `queue_blocks` is full",
         "any other class of `ucm_sdk.errors`": "what the store raised",
     },
+    ("ucm_tier_blocks", "tier"): {
+        "fast": "the tier that is asked first",
+        "slow": "the tier that keeps everything",
+    },
+    ("ucm_tier_blocks", "operation"): {
+        **OPERATIONS,
+        "promote": "into the fast tier, after a load from the slow one",
+        "prefetch": "from the slow tier to the fast one, before a load",
+        "write_back": "from the fast tier to the slow one, after a dump",
+    },
+    ("ucm_tier_blocks", "result"): STATUSES,
     ("ucm_requests", "result"): {
         "hit": "tokens were claimed from the store",
         "miss": "nothing was claimed: not in the store, or too little",
         "local": "the engine had everything itself",
+        "recompute": "in the store, and expected to be computed sooner than loaded",
         "skipped": "not asked, as for a prompt of less than a block, or no answer in time",
     },
     ("ucm_timeouts", "operation"): {"lookup": "of a request's prefix", **OPERATIONS},

@@ -64,6 +64,11 @@ REQUESTS: Final = Metric(
     "ucm_requests", Kind.COUNTER, "Requests matched against the store, by result.", ("result",)
 )
 HIT_TOKENS: Final = Metric("ucm_hit_tokens", Kind.COUNTER, "Prompt tokens claimed from the store.")
+RECOMPUTED_TOKENS: Final = Metric(
+    "ucm_recomputed_tokens",
+    Kind.COUNTER,
+    "Prompt tokens that the store had and that were expected to be computed sooner than loaded.",
+)
 LOOKUP_SECONDS: Final = Metric(
     "ucm_lookup_seconds", Kind.HISTOGRAM, "Seconds of the lookup of a request.", (), _SECONDS
 )
@@ -99,6 +104,7 @@ METRICS: Final = (
     UNWRITTEN_BLOCKS,
     REQUESTS,
     HIT_TOKENS,
+    RECOMPUTED_TOKENS,
     LOOKUP_SECONDS,
     FAILED_LOAD_TOKENS,
     TIMEOUTS,

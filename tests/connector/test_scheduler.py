@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from ucm_sdk.connector import ConnectorOptions, ScheduledRequest, SchedulerSide, WorkerReport
+from ucm_sdk.connector import (
+    ConnectorOptions,
+    CostModel,
+    SavePlan,
+    ScheduledRequest,
+    SchedulerSide,
+    WorkerReport,
+)
+from ucm_sdk.connector.plans import Observed
 from ucm_sdk.hashing import Namespace, block_ids
 from ucm_sdk.layout import KVLayout
 from ucm_sdk.store import StoreContext, open_store
@@ -201,3 +209,90 @@ def test_a_failing_lookup_is_a_miss(make: Make) -> None:
     side._store.close()
     side.add("r", TOKENS)
     assert match(side, "r", TOKENS, 0) == 0
+
+
+def taught(**options: Any) -> CostModel:
+    costs = CostModel(SIZE, **options)
+    costs.computed(1000, 1, 1.0)
+    return costs
+
+
+def requests(side: SchedulerSide) -> dict[str, float]:
+    return side._recorder.drain().counters
+
+
+def test_what_is_computed_sooner_is_not_loaded_and_not_saved_again(make: Make) -> None:
+    costs = taught()
+    costs.loaded(100, 100.0)
+    side = make(stored=9, costs=costs)
+    side.add("r", TOKENS)
+    assert match(side, "r", TOKENS, 0) == 0
+    counters = requests(side)
+    assert counters["ucm_requests|recompute"] == 1
+    assert counters["ucm_recomputed_tokens"] == 36
+    side.allocated("r", BLOCKS, 0)
+    plan = side.plan_step([scheduled(0, 40)])
+    assert plan.saves == (SavePlan(1, tuple(IDS[9:10]), tuple(BLOCKS[9:10])),)
+
+
+def test_every_hit_is_loaded_where_the_operator_wants_it(make: Make) -> None:
+    costs = taught()
+    costs.loaded(100, 100.0)
+    side = make(stored=9, costs=costs, options={"load_when": "always"})
+    side.add("r", TOKENS)
+    assert match(side, "r", TOKENS, 0) == 36
+
+
+def test_loads_teach_what_loading_costs(make: Make) -> None:
+    side = make(stored=9, costs=taught())
+    side.add("a", TOKENS)
+    assert match(side, "a", TOKENS, 0) == SIZE
+    side.allocated("a", BLOCKS, SIZE)
+    side.update(WorkerReport(load_s={"a": 0.0001}, transfers_ok=1))
+    side.add("b", TOKENS)
+    assert match(side, "b", TOKENS, 0) == 36
+    side.allocated("b", BLOCKS, 36)
+    side.update(WorkerReport(load_s={"b": 50.0}, transfers_ok=1))
+    side.add("c", TOKENS)
+    assert match(side, "c", TOKENS, 0) == 0
+
+
+def test_a_failed_load_teaches_nothing(make: Make) -> None:
+    costs = taught()
+    side = make(stored=9, costs=costs, options={"load_when": "always"})
+    side.add("a", TOKENS)
+    assert match(side, "a", TOKENS, 0) == 36
+    side.allocated("a", BLOCKS, 36)
+    side.update(WorkerReport(load_s={"a": 0.1}, failed_requests={"a": 1}))
+    assert costs.load.coefficients() is None
+
+
+def test_a_step_says_how_much_it_computes(make: Make) -> None:
+    side = make()
+    side.add("r", TOKENS)
+    plan = side.plan_step([scheduled(4, 3), scheduled(0, 2)])
+    assert (plan.tokens, plan.token_pairs) == (5, (5 + 6 + 7) + (1 + 2))
+
+
+def test_computed_tokens_teach_what_computing_costs(make: Make) -> None:
+    costs = CostModel(SIZE)
+    side = make(costs=costs)
+    side.update(WorkerReport(computed=Observed(1000, 2.0, 1)))
+    assert costs.compute.predict(500, 0) == pytest.approx(1.0)
+
+
+def test_a_waiting_request_has_its_blocks_brought_nearer_once(make: Make, tmp_path: Path) -> None:
+    inner = {"kind": "memory", "area": str(tmp_path)}
+    tiers = {"fast": {"kind": "memory", "area": f"{tmp_path}-fast"}, "slow": inner}
+    context = StoreContext(NAMESPACE, LAYOUT, recorder=Recorder())
+    store = open_store({"kind": "tiered", **tiers}, context)
+    make(stored=3)
+    side = SchedulerSide(store, ConnectorOptions())
+    for id in ("waits", "runs", "gone"):
+        side.add(id, TOKENS)
+        assert match(side, id, TOKENS, 0) == 12
+    side.allocated("runs", BLOCKS, 12)
+    side.finished("gone")
+    assert side.plan_step([]).prefetch == tuple(IDS[:3])
+    assert side.plan_step([]).prefetch == ()
+    side.close()

@@ -7,6 +7,7 @@ worker side carries out the transfers of one step.  An adapter only translates t
 
 from __future__ import annotations
 
+from ucm_sdk.connector.costs import CostModel, cost_file
 from ucm_sdk.connector.options import ConnectorOptions, UcmConfig, load_config
 from ucm_sdk.connector.plans import (
     LoadPlan,
@@ -21,6 +22,7 @@ from ucm_sdk.connector.worker import KVMemory, WorkerSide
 
 __all__ = [
     "ConnectorOptions",
+    "CostModel",
     "KVMemory",
     "LoadPlan",
     "SavePlan",
@@ -31,5 +33,6 @@ __all__ = [
     "UcmConfig",
     "WorkerReport",
     "WorkerSide",
+    "cost_file",
     "load_config",
 ]

@@ -22,6 +22,9 @@ class ConnectorOptions(config.Strict):
     runs at once and each layer waits for its own blocks."""
     save_mode: Literal["step", "layerwise"] = "step"
     """``step``: a block is saved when its last layer is done; ``layerwise``: layer by layer."""
+    load_when: Literal["faster", "always"] = "faster"
+    """``faster``: a hit is loaded where that is expected to take less time than computing it, by
+    what this engine has measured of both; ``always``: every hit is loaded."""
     min_hit_tokens: int = pydantic.Field(default=1, ge=1)
     """Hits of fewer tokens are not claimed."""
     lookup_timeout_s: float = pydantic.Field(default=1.0, gt=0)

@@ -55,6 +55,28 @@ class StepPlan:
     """Serials of saves whose memory the step overwrites: they end first."""
     idle: bool = False
     """The step computes nothing, so there is time to wait for transfers."""
+    tokens: int = 0
+    """Tokens whose KV the step computes."""
+    token_pairs: int = 0
+    """Pairs of tokens that its attention sees."""
+    prefetch: tuple[bytes, ...] = ()
+    """Blocks that a waiting request will load."""
+
+
+@dataclass(slots=True)
+class Observed:
+    """How long something took; adds up."""
+
+    count: int = 0
+    seconds: float = 0.0
+    pairs: int = 0
+    """Pairs of tokens, for what was computed."""
+
+    def add(self, other: Observed) -> None:
+        """Add another one."""
+        self.count += other.count
+        self.seconds += other.seconds
+        self.pairs += other.pairs
 
 
 @dataclass(slots=True)
@@ -73,11 +95,19 @@ class WorkerReport:
     """Loads and saves that were given up for their time."""
     failed_requests: dict[str, int] = field(default_factory=dict)
     """Blocks that failed to load, by request."""
+    load_s: dict[str, float] = field(default_factory=dict)
+    """Seconds that the store needed for each load that has ended, well or not, by request."""
+    saves: Observed = field(default_factory=Observed)
+    """Blocks that were saved and the seconds that the store needed."""
+    computed: Observed = field(default_factory=Observed)
+    """Tokens of steps that computed many, and the seconds that these took."""
 
     def __bool__(self) -> bool:
         """Whether there is anything to tell."""
         return bool(
             self.ended_saves
+            or self.load_s
+            or self.computed.count
             or self.transfers_ok
             or self.store_errors
             or self.timeouts
@@ -94,6 +124,10 @@ class WorkerReport:
         self.timeouts += other.timeouts
         for request, blocks in other.failed_requests.items():
             self.failed_requests[request] = max(self.failed_requests.get(request, 0), blocks)
+        for request, seconds in other.load_s.items():
+            self.load_s[request] = max(self.load_s.get(request, 0.0), seconds)
+        self.saves.add(other.saves)
+        self.computed.add(other.computed)
 
 
 @dataclass(slots=True)

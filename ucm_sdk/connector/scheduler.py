@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from ucm_sdk import telemetry
 from ucm_sdk.availability import Breaker, Operation
+from ucm_sdk.connector.costs import CostModel, token_pairs
 from ucm_sdk.connector.lookups import LookupThread, PendingLookup
 from ucm_sdk.connector.plans import (
     LoadPlan,
@@ -27,7 +28,7 @@ from ucm_sdk.connector.plans import (
 from ucm_sdk.hashing import BlockChain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from ucm_sdk.connector.options import ConnectorOptions
     from ucm_sdk.store import KVStoreBase
@@ -47,11 +48,14 @@ class _Request:
     loads: bool = True
     """False once a load has failed: what failed once is computed."""
     lookup: PendingLookup | None = None
+    prefetched: bool = False
     counted: bool = False
     matched_from: int = 0
     """Tokens that the engine had itself at the last match."""
     saved_blocks: int = 0
     """Blocks from the first on that are in the store or on their way."""
+    found_blocks: int = 0
+    """Blocks from the first on that the store was seen to have, and some of which are computed."""
 
 
 @dataclass(slots=True)
@@ -61,6 +65,13 @@ class _Save:
     """Index of its first block in the request."""
     blocks: tuple[int, ...]
     ranks_left: int
+    started: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Loading:
+    tokens: int
+    started: float
 
 
 @dataclass(slots=True)
@@ -80,8 +91,12 @@ class SchedulerSide:
         ranks: int = 1,
         loads: bool = True,
         saves: bool = True,
+        costs: CostModel | None = None,
     ) -> None:
-        """Serve ``ranks`` workers; ``loads`` and ``saves`` say what the engine's role allows."""
+        """Serve ``ranks`` workers; ``loads`` and ``saves`` say what the engine's role allows.
+
+        ``costs`` knows what earlier processes have measured.
+        """
         self._store = store
         self._options = options
         self._ranks = ranks
@@ -92,7 +107,12 @@ class SchedulerSide:
         self._recorder = store.context.recorder
         self._lookups = LookupThread(store, lease_s=options.lease_s)
         self._breaker = Breaker(options.retry_after_s)
+        self._costs = costs or CostModel(self._block_tokens)
         self._requests: dict[str, _Request] = {}
+        self._waiting: dict[str, _Request] = {}
+        """Requests that wait for memory and whose blocks may be brought nearer meanwhile."""
+        self._prefetches = store.capabilities.prefetches
+        self._loading: dict[str, _Loading] = {}
         self._next = _Planned()
         self._serial = 0
         self._saving: dict[int, _Save] = {}
@@ -120,7 +140,8 @@ class SchedulerSide:
             return
         chain = BlockChain(self._namespace, self._block_tokens, request_extra=request_extra)
         request = self._requests[id] = _Request(chain, extras or {})
-        self._look_up(request, tokens, 0)
+        if self._look_up(request, tokens, 0) is not None and self._prefetches:
+            self._waiting[id] = request
 
     def match(self, id: str, tokens: Sequence[int], computed_tokens: int) -> int | None:
         """Return how many tokens after ``computed_tokens`` the store can give.
@@ -157,6 +178,7 @@ class SchedulerSide:
         if request is None:
             return
         request.lookup = None  # a request that comes back, after a preemption, asks anew
+        self._waiting.pop(id, None)
         if external_tokens == 0:
             return
         first = request.matched_from // self._block_tokens
@@ -166,14 +188,18 @@ class SchedulerSide:
         self._next.loads.append(plan)
         self._next.written.update(plan.blocks)
         self._recorder.count(telemetry.HIT_TOKENS, external_tokens)
+        self._loading[id] = _Loading(external_tokens, time.monotonic())
 
     def plan_step(self, scheduled: Iterable[ScheduledRequest]) -> StepPlan:
         """Return what the workers do in this step."""
         planned, self._next = self._next, _Planned()
         saves: dict[SavePlan, _Save] = {}
         idle = True
+        tokens = pairs = 0
         for step in scheduled:
             idle = False
+            tokens += step.scheduled_tokens
+            pairs += token_pairs(step.computed_tokens, step.scheduled_tokens)
             if self._saving_blocks:
                 # All that follow too: drafts may be written beyond the scheduled tokens.
                 planned.written.update(step.blocks[step.computed_tokens // self._block_tokens :])
@@ -185,7 +211,15 @@ class SchedulerSide:
         for plan, save in saves.items():
             self._saving[plan.serial] = save
             self._saving_blocks.update(dict.fromkeys(plan.blocks, plan.serial))
-        return StepPlan(tuple(planned.loads), tuple(saves), tuple(sorted(reused)), idle)
+        return StepPlan(
+            tuple(planned.loads),
+            tuple(saves),
+            tuple(sorted(reused)),
+            idle,
+            tokens,
+            pairs,
+            tuple(self._prefetch()) if self._waiting else (),
+        )
 
     def update(self, report: WorkerReport) -> None:
         """Take what the workers report."""
@@ -202,18 +236,22 @@ class SchedulerSide:
         elif report.transfers_ok:
             self._breaker.succeeded("transfer")
         self._recorder.set(telemetry.STORE_AVAILABLE, int(self._breaker.closed))
+        self._learn(report)
         for id, blocks in report.failed_requests.items():
             self._recorder.count(telemetry.FAILED_LOAD_TOKENS, blocks * self._block_tokens)
             if (request := self._requests.get(id)) is not None:
                 request.loads = False
-                request.saved_blocks = 0  # what is computed instead is saved; the rest is there
+                # What is computed instead is saved; the rest is there.
+                request.saved_blocks = request.found_blocks = 0
 
     def finished(self, id: str) -> None:
         """Forget a request; its saves go on."""
         self._requests.pop(id, None)
+        self._waiting.pop(id, None)
 
     def close(self) -> None:
         """End the lookup thread and close the store."""
+        self._costs.keep(now=True)
         if self._lookups.close(1.0):
             self._store.close()
 
@@ -253,12 +291,54 @@ class SchedulerSide:
             hit = 0
         request.matched_from = computed
         request.saved_blocks = max(request.saved_blocks, (computed + hit) // size)
+        found, hit = hit, self._worth_loading(hit, computed)
+        request.found_blocks = (computed + found) // size if hit < found else 0
         self._recorder.set(telemetry.STORE_AVAILABLE, int(self._breaker.closed))
         if not request.counted:
             self._recorder.observe(telemetry.LOOKUP_SECONDS, lookup.elapsed_s)
+            self._recorder.count(telemetry.RECOMPUTED_TOKENS, found - hit)
         local = computed >= (len(tokens) - 1) // size * size
-        self._count(request, "hit" if hit else "local" if local else "miss")
+        missed = "recompute" if found else "local" if local else "miss"
+        self._count(request, "hit" if hit else missed)
         return hit
+
+    def _worth_loading(self, hit: int, computed: int) -> int:
+        """Return how many of the hit's tokens to load."""
+        if not hit or self._options.load_when == "always":
+            return hit
+        now = time.monotonic()
+        least = [(now - one.started) / one.tokens for one in self._loading.values()]
+        if not least:
+            # Saves tell something once they take longer than the steps in which they are reported.
+            ages = [(now - one.started, len(one.blocks)) for one in self._saving.values()]
+            least = [age / blocks / self._block_tokens for age, blocks in ages if age > 1.0]
+        return self._costs.claim(
+            hit,
+            computed,
+            queued_tokens=sum(one.tokens for one in self._loading.values()),
+            least_s_per_token=max(least, default=0.0),
+        )
+
+    def _learn(self, report: WorkerReport) -> None:
+        """Take what the workers have measured."""
+        for id, seconds in report.load_s.items():
+            loading = self._loading.pop(id, None)
+            if loading is not None and id not in report.failed_requests:
+                self._costs.loaded(loading.tokens, seconds)
+        if report.saves.count:
+            self._costs.saved(report.saves.count * self._block_tokens, report.saves.seconds)
+        done = report.computed
+        if done.count:
+            self._costs.computed(done.count, done.pairs, done.seconds)
+        self._costs.keep()
+
+    def _prefetch(self) -> Iterator[bytes]:
+        """Yield the blocks of requests that have been found and still wait."""
+        for request in self._waiting.values():
+            lookup = request.lookup
+            if lookup is not None and not request.prefetched and lookup.wait(0.0):
+                request.prefetched = True
+                yield from lookup.ids[: lookup.blocks or 0]
 
     def _count(self, request: _Request, result: str) -> None:
         if not request.counted:
@@ -282,6 +362,7 @@ class SchedulerSide:
         full = min(step.computed_tokens + step.scheduled_tokens, len(step.tokens)) // size
         # Fewer computed tokens than before mean that the engine computes some again.
         first = min(request.saved_blocks, step.computed_tokens // size)
+        first = max(first, min(request.found_blocks, full))
         request.saved_blocks = max(first, full)
         if full <= first:
             return
@@ -292,7 +373,7 @@ class SchedulerSide:
         self._serial += 1
         blocks = tuple(step.blocks[first:full])
         plan = SavePlan(self._serial, tuple(request.chain.ids[first:full]), blocks)
-        saves[plan] = _Save(step.id, first, blocks, self._ranks)
+        saves[plan] = _Save(step.id, first, blocks, self._ranks, time.monotonic())
 
     def _ended_save(self, serial: int, ranks: int) -> None:
         save = self._saving.get(serial)

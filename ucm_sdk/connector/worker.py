@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from ucm_sdk import telemetry
-from ucm_sdk.connector.plans import LoadPlan, SavePlan, StepPlan, StepResult
+from ucm_sdk.connector.plans import LoadPlan, Observed, SavePlan, StepPlan, StepResult
 from ucm_sdk.errors import ArgumentError, Status, UcmError
 from ucm_sdk.types import Batch
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _IDLE_WAIT_S: Final = 0.001
+_MANY_TOKENS: Final = 32
+"""A step that computes fewer says nothing about what computing a prompt costs."""
 _LOG_EVERY_S: Final = 60.0
 _STORE_ERRORS: Final = [Status.IO, Status.ACCESS, Status.MEMORY, Status.CLOSED]
 """What says that the store is not there; a block that is missing or corrupt does not."""
@@ -61,6 +63,7 @@ class KVMemory:
 class _Load:
     plan: LoadPlan
     task: Task
+    started: float
     deadline: float
 
 
@@ -70,6 +73,7 @@ class _LayerLoads:
 
     plans: tuple[LoadPlan, ...]
     tasks: list[Task]
+    started: float
     deadline: float
     refused: Status
     """Not ``OK`` when the store did not accept every layer."""
@@ -79,6 +83,7 @@ class _LayerLoads:
 class _Save:
     tasks: list[Task]
     blocks: int
+    started: float
     deadline: float
 
 
@@ -104,9 +109,12 @@ class WorkerSide:
         self._saves: dict[int, _Save] = {}
         self._result = StepResult()
         self._logged: dict[str, float] = {}
+        self._free_at = {"load": 0.0, "dump": 0.0}
+        """When the last transfer that has been seen to end had ended."""
+        self._step_began = 0.0
 
     def begin_step(self, plan: StepPlan) -> None:
-        """End the saves whose memory this step overwrites."""
+        """End the saves whose memory this step overwrites, and say what is loaded soon."""
         deadline = time.monotonic() + self._options.reuse_timeout_s
         for serial in plan.reused:
             save = self._saves.pop(serial, None)
@@ -115,14 +123,19 @@ class WorkerSide:
             for task in save.tasks:
                 _wait(task, deadline)
             self._settle_save(serial, save, reason="memory_reused")
+        if plan.prefetch:
+            with contextlib.suppress(UcmError):
+                self._store.prefetch(plan.prefetch)
+        self._step_began = time.monotonic()
 
     def start_loads(self, plan: StepPlan) -> None:
         """Start the loads of this step."""
         if not plan.loads:
             return
-        deadline = time.monotonic() + self._options.load_timeout_s
+        now = time.monotonic()
+        deadline = now + self._options.load_timeout_s
         if self._options.load_mode == "layerwise":
-            self._start_layer_loads(plan.loads, deadline)
+            self._start_layer_loads(plan.loads, now, deadline)
             return
         for load in plan.loads:
             try:
@@ -130,9 +143,10 @@ class WorkerSide:
             except UcmError as error:
                 self._log("load", error)
                 self._settle_load(load, np.full(len(load.blocks), _status_of(error), np.int32))
+                self._result.report.load_s[load.request] = 0.0
                 self._result.loaded.add(load.request)
                 continue
-            self._loads.append(_Load(load, task, deadline))
+            self._loads.append(_Load(load, task, now, deadline))
 
     def wait_layer(self, layer: int) -> None:
         """Wait until this layer's blocks are there; at once when nothing is loaded layer-wise."""
@@ -158,7 +172,13 @@ class WorkerSide:
         return most is None or 2 * sum(len(save.blocks) for save in plan.saves) <= most
 
     def save_step(self, plan: StepPlan) -> None:
-        """Save what the step has completed and finish its layer-wise loads."""
+        """Save what the step has completed and finish its layer-wise loads.
+
+        On the host the forward pass has ended here, so this is what the step took.
+        """
+        if plan.tokens >= _MANY_TOKENS and self._layer_loads is None:
+            seconds = time.monotonic() - self._step_began
+            self._result.report.computed = Observed(plan.tokens, seconds, plan.token_pairs)
         failed = self._finish_layer_loads()
         for save in plan.saves:
             if failed:
@@ -195,7 +215,7 @@ class WorkerSide:
             addresses=self._memory.addresses(plan.blocks, pieces),
         )
 
-    def _start_layer_loads(self, plans: tuple[LoadPlan, ...], deadline: float) -> None:
+    def _start_layer_loads(self, plans: tuple[LoadPlan, ...], now: float, deadline: float) -> None:
         ids = [id for plan in plans for id in plan.ids]
         blocks = [block for plan in plans for block in plan.blocks]
         whole = LoadPlan("", tuple(ids), tuple(blocks))
@@ -210,7 +230,7 @@ class WorkerSide:
             refused = _status_of(error)
             for task in tasks:
                 task.cancel()
-        self._layer_loads = _LayerLoads(plans, tasks, deadline, refused)
+        self._layer_loads = _LayerLoads(plans, tasks, now, deadline, refused)
 
     def _finish_layer_loads(self) -> bool:
         """Return whether any block of the step's layer-wise loads failed."""
@@ -222,9 +242,11 @@ class WorkerSide:
             if not _wait(task, loads.deadline):
                 self._give_up(task, "load")
             worst = np.where(worst == Status.OK, task.statuses, worst)
+        seconds = self._took("load", loads.tasks, loads.started)
         first = 0
         for plan in loads.plans:
             end = first + len(plan.blocks)
+            self._result.report.load_s[plan.request] = seconds * len(plan.blocks) / len(worst)
             self._settle_load(plan, worst[first:end])
             first = end
         return bool(worst.any())
@@ -235,6 +257,8 @@ class WorkerSide:
                 return False
             self._give_up(load.task, "load")
         self._settle_load(load.plan, load.task.statuses)
+        report = self._result.report
+        report.load_s[load.plan.request] = self._took("load", [load.task], load.started)
         self._result.loaded.add(load.plan.request)
         return True
 
@@ -253,8 +277,9 @@ class WorkerSide:
     def _save(self, plan: SavePlan, pieces: slice) -> None:
         save = self._saves.get(plan.serial)
         if save is None:
-            deadline = time.monotonic() + self._options.save_timeout_s
-            save = self._saves[plan.serial] = _Save([], len(plan.blocks), deadline)
+            now = time.monotonic()
+            deadline = now + self._options.save_timeout_s
+            save = self._saves[plan.serial] = _Save([], len(plan.blocks), now, deadline)
         try:
             task = self._store.dump(self._batch(plan, pieces), owners=self._memory.owners)
             save.tasks.append(task)
@@ -278,12 +303,23 @@ class WorkerSide:
             if failed.any():
                 self._log("dump", Status(int(statuses.min())).label)
         self._recorder.count(telemetry.DROPPED_SAVES, int(failed.sum()), labels=("failed",))
-        self._result.report.transfers_ok += int(bool(save.tasks) and not failed.any())
+        if save.tasks and not failed.any():
+            self._result.report.transfers_ok += 1
+            seconds = self._took("dump", save.tasks, save.started)
+            self._result.report.saves.add(Observed(save.blocks, seconds))
 
     def _ended_save(self, serial: int) -> None:
         self._result.report.ended_saves[serial] = 1
 
     # Both.
+
+    def _took(self, operation: str, tasks: Sequence[Task], started: float) -> float:
+        """Return the seconds that the store needed for tasks beside those that ended before."""
+        # A task's own clock: its end is seen a step later.
+        ended = started + max((task.elapsed_s for task in tasks), default=0.0)
+        began = max(started, self._free_at[operation])
+        self._free_at[operation] = max(ended, began)
+        return max(0.0, ended - began)
 
     def _give_up(self, task: Task, operation: str) -> None:
         task.cancel()

@@ -109,7 +109,7 @@ class TieredStore(KVStoreBase):
         missing = np.flatnonzero(~found)
         if len(missing):
             wanted = np.ascontiguousarray(ids[missing])
-            answer = self._ask_slow(lambda: self.slow.store._lookup(wanted))  # noqa: SLF001
+            answer = self._ask_slow(lambda: self.slow.store._lookup(wanted))  # noqa: SLF001 - hook
             if answer is not None:
                 found[missing] = answer
         return found
@@ -120,7 +120,7 @@ class TieredStore(KVStoreBase):
         count = len(ids)
         if len(missing):
             wanted = np.ascontiguousarray(ids[missing])
-            answer = self._ask_slow(lambda: self.slow.store._lookup_prefix(wanted, lease_s))  # noqa: SLF001
+            answer = self._ask_slow(lambda: self.slow.lease(wanted, lease_s))
             slow_count = int(answer or 0)
             count = int(missing[slow_count]) if slow_count < len(missing) else len(ids)
         mine = np.flatnonzero(found[:count])

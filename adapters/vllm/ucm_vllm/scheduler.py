@@ -8,7 +8,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, overload
 
 from ucm_sdk import StoreContext
-from ucm_sdk.connector import ScheduledRequest, SchedulerSide, StepPlan, WorkerReport
+from ucm_sdk.connector import (
+    CostModel,
+    ScheduledRequest,
+    SchedulerSide,
+    StepPlan,
+    WorkerReport,
+    cost_file,
+)
 from ucm_sdk.telemetry import Increments, Recorder
 from ucm_vllm.layout import make_layout, make_namespace, open_shared_store
 
@@ -64,6 +71,15 @@ class VllmScheduler:
             ranks=config.parallel_config.world_size,
             loads=role != "kv_producer",
             saves=role != "kv_consumer",
+            costs=CostModel(
+                context.layout.block_tokens,
+                file=cost_file(
+                    ucm.store,
+                    context.namespace.describe(),
+                    context.layout.canonical(),
+                    config.device_config.device_type,
+                ),
+            ),
         )
         self._recorder = context.recorder
         self._load_async = ucm.connector.load_mode == "async"
