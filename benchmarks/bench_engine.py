@@ -35,9 +35,7 @@ NEW_TOKENS = 32
 class Engine:
     """An engine in a process of its own that answers one JSON line with another."""
 
-    def __init__(
-        self, model: str, config: dict[str, Any] | None, *, role: str = "kv_both"
-    ) -> None:
+    def __init__(self, model: str, config: dict[str, Any] | None, *, role: str = "kv_both") -> None:
         """Start the process; the first call waits for it."""
         options = {"model": model, "config": config, "role": role}
         environment = {
