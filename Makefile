@@ -7,16 +7,20 @@ TOX := $(UCM_CACHE_DIR)/venvs/tox/bin/tox
 DEMO := $(UCM_CACHE_DIR)/venvs/demo
 SDK := $(UCM_CACHE_DIR)/venvs/sdk
 LOOPS ?= 100
+SECONDS ?= 60
+DAMAGES ?= 10000
 MODEL := $(UCM_CACHE_DIR)/models/SmolLM2-135M-Instruct
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help test demo bench-store crash clean install-demo
+.PHONY: help test demo bench-store crash capacity damage clean install-demo install-sdk
 
 help:
 	@echo "make test   lint, types, C tests, unit, conformance, documentation and real-engine tests"
 	@echo "make demo   serve a model with vLLM, restart it, see the KV come back from the store"
 	@echo "make bench-store  the file store beside the machine's limits and other stores"
 	@echo "make crash LOOPS=1000  kill writers and a reader again and again, and check what is there"
+	@echo "make capacity SECONDS=300   four writers want more room than they may have"
+	@echo "make damage DAMAGES=10000   flip, swap, zero and cut off stored bytes, and load"
 	@echo "make clean  remove what was built in the checkout"
 
 test: $(TOX)
@@ -35,10 +39,19 @@ demo: install-demo
 bench-store: install-demo
 	$(DEMO)/bin/python benchmarks/bench_store.py
 
-crash: $(SDK)/bin/python
+install-sdk: $(SDK)/bin/python
 	$(SDK)/bin/python -m pip install -q --force-reinstall --no-deps .
 	$(SDK)/bin/python -m pip install -q .
+
+crash: install-sdk
 	PYTHONSAFEPATH=1 $(SDK)/bin/python tools/crash.py --loops $(LOOPS)
+
+capacity: install-sdk
+	PYTHONSAFEPATH=1 $(SDK)/bin/python tools/capacity.py --seconds $(SECONDS)
+
+damage: install-sdk
+	$(SDK)/bin/python -m pip install -q pytest pytest-timeout hypothesis
+	DAMAGES=$(DAMAGES) PYTHONSAFEPATH=1 $(SDK)/bin/python -m pytest -q tests/stores/test_file_damage.py
 
 $(SDK)/bin/python:
 	$(PYTHON) -m venv $(SDK)

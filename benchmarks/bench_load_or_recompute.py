@@ -54,7 +54,7 @@ def measure(model: str, directory: str, bandwidth: float, rounds: int) -> dict[s
         "ratio_of_pairs": [a / b for a, b in zip(hit_s, miss_s, strict=True)],
     }
     pairs = row["ratio_of_pairs"]
-    name = f"{bandwidth / 1e6:g} MB/s" if bandwidth < 1e12 else "no limit"
+    name = f"{bandwidth / 1e6:g} MB/s" if bandwidth < BANDWIDTHS[-1] else "no limit"
     print(
         f"  {name:>9}  {first['latency_s']:9.3f} {statistics.median(hit_s):9.3f}"
         f" {statistics.median(miss_s):9.3f} s   ratio {row['ratio']:.3f}"

@@ -96,15 +96,24 @@ int ucm_segments_read_table(ucm_segments *store, segment *from)
 {
     enum { STEP = 64 };
     ucm_segment_entry entries[STEP];
+    uint8_t before[STEP];
     uint32_t count = from->file.slot_count;
     int status = UCM_OK;
     for (uint32_t first = 0; first < count && !status; first += STEP) {
         uint32_t step = count - first < STEP ? count - first : STEP;
+        pthread_mutex_lock(&store->mutex);
+        memcpy(before, from->slots + first, step);
+        pthread_mutex_unlock(&store->mutex);
         status = ucm_segment_entries(&from->file, first, step, entries);
         pthread_mutex_lock(&store->mutex);
-        /* What this handle writes itself, it knows better. */
-        for (uint32_t i = 0; i < step && !status && !from->gone && !from->active; i++)
-            status = reconcile(store, from, first + i, &entries[i]);
+        for (uint32_t i = 0; i < step && !status && !from->gone; i++) {
+            if (!from->active)
+                status = reconcile(store, from, first + i, &entries[i]);
+            else if ((before[i] & SLOT_INDEXED) && !entries[i].used)
+                /* This handle enters its records itself; others may only delete them.  The entry
+                 * was there before the record was indexed. */
+                ucm_segments_remove(store, from, first + i);
+        }
         pthread_mutex_unlock(&store->mutex);
     }
     return status;
@@ -304,7 +313,7 @@ static int scan_directory(ucm_segments *store)
     return !status;
 }
 
-/* Reads the tables of the segments that may have grown, or of all but this handle's own. */
+/* Reads the tables of the segments that may have grown by others, or of all. */
 static void read_tables(ucm_segments *store, int all)
 {
     for (uint32_t i = 0;; i++) {
@@ -314,7 +323,8 @@ static void read_tables(ucm_segments *store, int all)
             return;
         }
         segment *known = store->segments[i];
-        int wanted = known && !known->active && (all || known->indexed < known->file.slot_count);
+        int grows = known && !known->active && known->indexed < known->file.slot_count;
+        int wanted = known && (all || grows);
         if (wanted)
             known->references++;
         pthread_mutex_unlock(&store->mutex);

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A short run of the crash tool; ``make crash LOOPS=1000`` is the long one."""
+"""Short runs of the tools that run for hours: ``make crash``, ``make capacity``."""
 
 from __future__ import annotations
 
@@ -8,12 +8,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-TOOL = Path(__file__).parents[2] / "tools" / "crash.py"
+import pytest
+
+TOOLS = Path(__file__).parents[2] / "tools"
 
 
-def test_killed_writers_lose_nothing_and_tear_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["crash.py", "--loops", "15", "--seed", "3"], "none lost"),
+        (["capacity.py", "--seconds", "6"], "never more"),
+    ],
+    ids=["crash", "capacity"],
+)
+def test_a_short_run_finds_nothing_wrong(tmp_path: Path, command: list[str], says: str) -> None:
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    command = [sys.executable, str(TOOL), "--loops", "15", "--seed", "3"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    full = [sys.executable, str(TOOLS / command[0]), *command[1:]]
+    result = subprocess.run(full, capture_output=True, text=True, env=environment, timeout=100)
     assert result.returncode == 0, result.stderr
-    assert "none lost" in result.stdout
+    assert says in result.stdout

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from ucm_sdk._native import crc32c
 from ucm_sdk.errors import CorruptBlockError, StoreError
 from ucm_sdk.testing.store_suite import batch_of, dump, ids_of, load, payloads_of
 
+DAMAGES = int(os.environ.get("DAMAGES", "500"))
+"""How many there are in all; ``make damage DAMAGES=10000`` makes more."""
+
 
 @pytest.mark.parametrize("access", ["mapped", "buffered"])
 @pytest.mark.parametrize("how", ["flip", "zero", "garbage", "entry"])
@@ -19,7 +23,7 @@ def test_a_damaged_record_is_a_miss_and_never_wrong(tmp_path: Path, how: str, ac
     generator = random.Random(how)
     ids, payloads = ids_of(4), payloads_of(4)
     with open_at(tmp_path, access=access) as store:
-        for _ in range(60):
+        for _ in range(DAMAGES // 10):
             dump(store, ids, payloads)
             victim = generator.randrange(4)
             damage(record_of(tmp_path, ids[victim]), how, generator)
@@ -41,7 +45,7 @@ def test_a_damaged_record_is_a_miss_and_never_wrong(tmp_path: Path, how: str, ac
 @pytest.mark.parametrize("access", ["mapped", "buffered"])
 def test_a_truncated_segment_is_a_miss_and_never_a_crash(tmp_path: Path, access: str) -> None:
     generator = random.Random(3)
-    for round in range(20):
+    for round in range(DAMAGES // 20):
         directory = tmp_path / str(round)
         directory.mkdir()
         ids, payloads = ids_of(8), payloads_of(8)

@@ -54,7 +54,9 @@ def _check(status: int, doing: str) -> None:
 
 
 def _ns(timeout_s: float | None) -> int:
-    return _FOREVER_NS if timeout_s is None else max(0, int(timeout_s * _NS))
+    if timeout_s is None or timeout_s >= _FOREVER_NS / _NS:
+        return _FOREVER_NS
+    return max(0, int(timeout_s * _NS))
 
 
 class Pool:
