@@ -122,6 +122,8 @@ int ucm_segments_open(const ucm_segments_options *options, ucm_pool *pool, ucm_s
     store->active_segments = options->active_segments;
     store->segment_bytes = options->segment_bytes;
     store->capacity_bytes = options->capacity_bytes;
+    store->namespace_bytes = options->namespace_bytes;
+    store->unused_s = options->unused_s;
     store->abandoned_ns = options->abandoned_ns;
     store->opened_ns = ucm_now_ns();
     store->root = strdup(options->root);

@@ -81,8 +81,30 @@ static int take_census_of(const char *root, const char *folder, ucm_census *all)
 
 static int is_digest(const char *name) { return strlen(name) == 2 * UCM_ID_BYTES; }
 
-int ucm_segments_census(const char *root, ucm_census *all)
+/* Whether a segment is of this handle's namespace, of whichever geometry. */
+static int own_namespace(const ucm_segments *store, const ucm_found_segment *one)
 {
+    const char *folder = store->path + strlen(store->root) + 1;
+    return !strncmp(folder, one->folder, 2 * UCM_ID_BYTES);
+}
+
+static void leave_out(const ucm_segments *store, ucm_census *all, ucm_found_segment *one)
+{
+    all->bytes -= one->bytes;
+    if (own_namespace(store, one))
+        all->own_bytes -= one->bytes;
+    one->bytes = 0;
+}
+
+int ucm_segments_fits(const ucm_segments *store, const ucm_census *all, uint64_t bytes)
+{
+    return (!store->capacity_bytes || all->bytes + bytes <= store->capacity_bytes) &&
+           (!store->namespace_bytes || all->own_bytes + bytes <= store->namespace_bytes);
+}
+
+int ucm_segments_census(const ucm_segments *store, ucm_census *all)
+{
+    const char *root = store->root;
     char folder[sizeof ((ucm_found_segment *)0)->folder], path[PATH_MAX];
     *all = (ucm_census){0};
     DIR *namespaces = opendir(root);
@@ -116,6 +138,9 @@ int ucm_segments_census(const char *root, ucm_census *all)
             all->bytes -= all->found[i].bytes;
     }
     all->count = kept;
+    for (uint32_t i = 0; i < kept; i++)
+        if (own_namespace(store, &all->found[i]))
+            all->own_bytes += all->found[i].bytes;
     qsort(all->found, all->count, sizeof *all->found, by_age);
     return status;
 }
@@ -180,7 +205,7 @@ uint64_t ucm_segments_total(ucm_segments *store)
     int status;
     /* Otherwise one that is replaced in another directory meanwhile would count twice. */
     int lock = ucm_segments_lock_capacity(store, &status);
-    (void)ucm_segments_census(store->root, &all);
+    (void)ucm_segments_census(store, &all);
     if (lock >= 0)
         ucm_segments_unlock_capacity(lock);
     free(all.found);
@@ -266,13 +291,12 @@ static int evict_one(ucm_segments *store, ucm_census *all, ucm_found_segment *on
     int own = own_folder(store, one);
     if (own && is_active(store, one->name))
         return UCM_NO_SPACE;
-    int over = store->capacity_bytes && all->bytes > store->capacity_bytes;
+    int over = !ucm_segments_fits(store, all, 0);
     if (own && !over && !ucm_segments_take_over(store, one->name, 1))
         return UCM_OK;
     if (has_pins(store, one->folder) || unlink_segment(store, one))
         return UCM_NO_SPACE;
-    all->bytes -= one->bytes;
-    one->bytes = 0;
+    leave_out(store, all, one);
     return UCM_PENDING;
 }
 
@@ -290,19 +314,35 @@ static void spare(ucm_segments *store, const ucm_census *all, uint32_t count)
     }
 }
 
-int ucm_segments_evict(ucm_segments *store, ucm_census *all)
+void ucm_segments_expire(ucm_segments *store, ucm_census *all)
 {
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
+    struct timespec oldest = {.tv_sec = now.tv_sec - (time_t)store->unused_s};
+    for (uint32_t i = 0; store->unused_s && i < all->count; i++) {
+        ucm_found_segment *one = &all->found[i];
+        if (one->bytes && later(oldest, one->written) && later(oldest, one->loaded) &&
+            !(own_folder(store, one) && is_active(store, one->name)) &&
+            !has_pins(store, one->folder) && !unlink_segment(store, one))
+            leave_out(store, all, one);
+    }
+}
+
+int ucm_segments_evict(ucm_segments *store, ucm_census *all, uint64_t wanted)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    /* A namespace that has used up its share takes nothing from others. */
+    int own_only = store->namespace_bytes && all->own_bytes + wanted > store->namespace_bytes;
     for (int round = 0; round < 2; round++) {
         /* First what nobody has loaded from, but not of the younger half: what was just written has
          * not had its chance.  Then whatever is the oldest. */
         uint32_t end = round ? all->count : (all->count + 1) / 2;
         for (uint32_t i = 0; i < end && i < all->count; i++) {
             ucm_found_segment *one = &all->found[i];
-            if (!one->bytes || later(one->loaded, now) ||
+            if (!one->bytes || later(one->loaded, now) || (own_only && !own_namespace(store, one)) ||
                 (!round && later(one->loaded, one->written)))
-                continue; /* gone already, or leased, or spared */
+                continue; /* gone already, or leased, or another's, or spared */
             int status = evict_one(store, all, one);
             if (status != UCM_NO_SPACE && !round)
                 spare(store, all, i);

@@ -96,27 +96,44 @@ int ucm_segments_read_table(ucm_segments *store, segment *from)
 {
     enum { STEP = 64 };
     ucm_segment_entry entries[STEP];
-    uint8_t before[STEP];
     uint32_t count = from->file.slot_count;
     int status = UCM_OK;
     for (uint32_t first = 0; first < count && !status; first += STEP) {
         uint32_t step = count - first < STEP ? count - first : STEP;
-        pthread_mutex_lock(&store->mutex);
-        memcpy(before, from->slots + first, step);
-        pthread_mutex_unlock(&store->mutex);
         status = ucm_segment_entries(&from->file, first, step, entries);
         pthread_mutex_lock(&store->mutex);
-        for (uint32_t i = 0; i < step && !status && !from->gone; i++) {
-            if (!from->active)
-                status = reconcile(store, from, first + i, &entries[i]);
-            else if ((before[i] & SLOT_INDEXED) && !entries[i].used)
-                /* This handle enters its records itself; others may only delete them.  The entry
-                 * was there before the record was indexed. */
-                ucm_segments_remove(store, from, first + i);
-        }
+        for (uint32_t i = 0; i < step && !status && !from->gone && !from->active; i++)
+            status = reconcile(store, from, first + i, &entries[i]);
         pthread_mutex_unlock(&store->mutex);
     }
     return status;
+}
+
+/* Removes from the index what others have deleted from a segment that this handle writes.  Entries
+ * of records that are indexed are read only: those were there before. */
+static void read_own_table(ucm_segments *store, segment *own)
+{
+    enum { STEP = 64 };
+    ucm_segment_entry entries[STEP];
+    for (uint32_t first = 0, next; first < own->file.slot_count; first = next) {
+        pthread_mutex_lock(&store->mutex);
+        for (next = first; next < own->file.slot_count && next - first < STEP &&
+                           (own->slots[next] & SLOT_INDEXED);)
+            next++;
+        pthread_mutex_unlock(&store->mutex);
+        uint32_t run = next - first;
+        if (!run) {
+            next++;
+            continue;
+        }
+        if (ucm_segment_entries(&own->file, first, run, entries))
+            return;
+        pthread_mutex_lock(&store->mutex);
+        for (uint32_t i = 0; i < run && !own->gone; i++)
+            if (!entries[i].used)
+                ucm_segments_remove(store, own, first + i);
+        pthread_mutex_unlock(&store->mutex);
+    }
 }
 
 int ucm_segments_add(ucm_segments *store, const char *name, ucm_segment_file *file,
@@ -323,15 +340,18 @@ static void read_tables(ucm_segments *store, int all)
             return;
         }
         segment *known = store->segments[i];
-        int grows = known && !known->active && known->indexed < known->file.slot_count;
-        int wanted = known && (all || grows);
+        int own = known && known->active;
+        int wanted = known && (all || (!own && known->indexed < known->file.slot_count));
         if (wanted)
             known->references++;
         pthread_mutex_unlock(&store->mutex);
-        if (wanted) {
+        if (!wanted)
+            continue;
+        if (own)
+            read_own_table(store, known);
+        else
             (void)ucm_segments_read_table(store, known);
-            ucm_segments_let_go(store, known);
-        }
+        ucm_segments_let_go(store, known);
     }
 }
 

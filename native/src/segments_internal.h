@@ -73,7 +73,7 @@ struct ucm_segments {
     enum ucm_segments_access access;
     enum ucm_segments_durability durability;
     uint32_t active_segments;
-    uint64_t segment_bytes, capacity_bytes, abandoned_ns, opened_ns;
+    uint64_t segment_bytes, capacity_bytes, namespace_bytes, unused_s, abandoned_ns, opened_ns;
     _Atomic uint64_t names;
 
     pthread_mutex_t refreshing; /* one scan at a time; taken before `mutex` */
@@ -104,7 +104,7 @@ typedef struct {
 typedef struct {
     ucm_found_segment *found;
     uint32_t count, room;
-    uint64_t bytes;
+    uint64_t bytes, own_bytes; /* in all, and of this handle's namespace */
 } ucm_census;
 
 /* Returns the piece that holds payload byte `offset`, which is inside the payload. */
@@ -158,11 +158,17 @@ void ucm_segments_unlock_capacity(int lock);
 void ucm_segments_sweep(ucm_segments *store);
 
 /* Lists the segments of all namespaces and geometries, the oldest first; free `all->found`. */
-int ucm_segments_census(const char *root, ucm_census *all);
+int ucm_segments_census(const ucm_segments *store, ucm_census *all);
 
-/* Makes room by one segment: UCM_OK when a segment of this handle has free slots now,
+/* Whether a new segment of so many bytes would be within the limits. */
+int ucm_segments_fits(const ucm_segments *store, const ucm_census *all, uint64_t bytes);
+
+/* Removes what nobody has used for the time that the options name. */
+void ucm_segments_expire(ucm_segments *store, ucm_census *all);
+
+/* Makes room for `wanted` bytes, by one segment: UCM_OK when a segment of this handle has free slots now,
  * UCM_PENDING when bytes were freed, UCM_NO_SPACE when nothing can go. */
-int ucm_segments_evict(ucm_segments *store, ucm_census *all);
+int ucm_segments_evict(ucm_segments *store, ucm_census *all, uint64_t wanted);
 
 /* Takes over a segment whose lock nobody has; with `evict`, frees slots in it. */
 int ucm_segments_take_over(ucm_segments *store, const char *old_name, int evict);

@@ -34,6 +34,7 @@ typedef struct {
     const ucm_record *header;
     uint8_t *memory; /* the rest of the scratch memory */
     uint64_t memory_bytes;
+    uint64_t have; /* bytes of the record, from its header on, that have been read already */
 } record_load;
 
 static void enter_row(cursor *at)
@@ -150,13 +151,24 @@ static int load_read(const record_load *load, cursor at)
         }
         if (to - from > load->memory_bytes)
             return UCM_INVALID;
-        status = read_record(load, from, load->memory, to - from);
+        const uint8_t *bytes = load->memory;
+        if (to <= load->have)
+            bytes += from - header;
+        else
+            status = read_record(load, from, load->memory, to - from);
         for (; !status && (at.row != end.row || at.piece != end.piece) && at.row != at.end;
              next_pair(&at))
-            status = deliver(load, &at,
-                             load->memory + (header + store->piece_offset[at.piece] - from));
+            status = deliver(load, &at, bytes + (header + store->piece_offset[at.piece] - from));
     }
     return status;
+}
+
+static int wants_all(const cursor *at)
+{
+    uint64_t wanted = 0;
+    for (const ucm_row *row = at->row; row != at->end; row++)
+        wanted += row->length;
+    return wanted == at->store->piece_offset[at->store->piece_count];
 }
 
 static int load_record(record_load *load, const uint8_t *id, uint32_t slot, cursor at)
@@ -175,9 +187,13 @@ static int load_record(record_load *load, const uint8_t *id, uint32_t slot, curs
         if (!entry.used || memcmp(entry.block, id, UCM_ID_BYTES))
             return UCM_MISSING;
     }
+    /* The header, and past the page cache all of a whole block with it: it lies behind. */
+    load->have = header_bytes;
+    if (file->direct >= 0 && wants_all(&at))
+        load->have = store->shape.slot_bytes;
     int status = file->map
                      ? ucm_mapped_copy(found, file->map + load->at, header_bytes, NULL)
-                     : read_record(load, 0, (uint8_t *)found, header_bytes);
+                     : read_record(load, 0, (uint8_t *)found, load->have);
     if (status)
         return status;
     ucm_record_init(expected, store->shape.namespace_id, store->shape.geometry_id, id,

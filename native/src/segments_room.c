@@ -241,11 +241,11 @@ static int make_room(ucm_segments *store, ucm_census *all, int evict)
     uint32_t slots = slots_for(store, next_bytes(store));
     for (;;) {
         uint64_t bytes = ucm_segment_bytes(&store->shape, slots);
-        int fits = !store->capacity_bytes || all->bytes + bytes <= store->capacity_bytes;
+        int fits = ucm_segments_fits(store, all, bytes);
         int status = fits ? make_segment(store, slots) : UCM_NO_SPACE;
         if (status != UCM_NO_SPACE || !evict)
             return status;
-        status = ucm_segments_evict(store, all);
+        status = ucm_segments_evict(store, all, bytes);
         if (status == UCM_NO_SPACE && slots > 1)
             slots /= 2; /* the file system, or the capacity, is smaller than a segment */
         else if (status != UCM_PENDING)
@@ -261,10 +261,12 @@ static int find_room(ucm_segments *store, int evict)
         return status;
     ucm_census all;
     ucm_segments_sweep(store);
-    status = ucm_segments_census(store->root, &all);
+    status = ucm_segments_census(store, &all);
+    if (!status)
+        ucm_segments_expire(store, &all);
     /* It may have been opened with a lower capacity than before. */
-    while (!status && store->capacity_bytes && all.bytes > store->capacity_bytes)
-        status = ucm_segments_evict(store, &all) == UCM_PENDING ? UCM_OK : UCM_NO_SPACE;
+    while (!status && !ucm_segments_fits(store, &all, 0))
+        status = ucm_segments_evict(store, &all, 0) == UCM_PENDING ? UCM_OK : UCM_NO_SPACE;
     if (!status && adopt(store))
         status = make_room(store, &all, evict);
     free(all.found);

@@ -126,6 +126,40 @@ def test_the_capacity_holds_for_writers_of_all_namespaces(tmp_path: Path) -> Non
         assert (store.stats().stored_bytes or 0) <= capacity // 2
 
 
+def test_a_namespace_is_held_to_its_share_and_takes_nothing_from_others(tmp_path: Path) -> None:
+    mine, other = NAMESPACE, dataclasses.replace(NAMESPACE, salt="other")
+    options = {"kind": "file", "directory": str(tmp_path), **SMALL, "capacity_bytes": 16 << 20}
+    share = {**options, "namespace_capacity_bytes": 4 << 20}
+    with (
+        open_store(options, StoreContext(other, LAYOUT)) as neighbour,
+        open_store(share, StoreContext(mine, LAYOUT)) as store,
+    ):
+        dump(neighbour, ids_of(20), payloads_of(20))
+        for seed in range(20):
+            dump(store, ids_of(10, seed), payloads_of(10, seed))
+            folder = tmp_path / mine.digest().hex()
+            assert sum(path.stat().st_size for path in folder.rglob("*.seg")) <= 4 << 20
+        assert store.lookup(ids_of(10, 19)).all()
+        assert neighbour.lookup(ids_of(20)).all()
+
+
+def test_what_nobody_used_for_long_goes_though_there_is_room(tmp_path: Path) -> None:
+    with open_at(tmp_path, unused_s=1000, active_segments=1) as store:
+        dump(store, ids_of(20), payloads_of(20))
+        old, young = segments_of(store)[:2]
+        inode = young.stat().st_ino
+    long_ago = time.time() - 2000
+    os.utime(old, (long_ago, long_ago))
+    os.utime(young, (time.time(), long_ago))
+    with open_at(tmp_path, unused_s=1000, active_segments=1) as store:
+        for seed in range(1, 5):
+            dump(store, ids_of(10, seed), payloads_of(10, seed))
+        assert not store.lookup(ids_of(11)).any()
+        # A segment gets another name when another handle goes on writing it.
+        assert inode in {path.stat().st_ino for path in segments_of(store)}
+        assert not old.exists()
+
+
 def test_what_is_loaded_again_and_again_stays(tmp_path: Path) -> None:
     hot, cold = ids_of(5, seed=1), ids_of(5, seed=2)
     with open_at(tmp_path, capacity_bytes=8 << 20) as store:

@@ -7,6 +7,7 @@ headers under native/include for the contracts.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -150,6 +151,8 @@ class Segments:
         durability: str,
         segment_bytes: int,
         capacity_bytes: int | None,
+        namespace_bytes: int | None = None,
+        unused_s: float | None = None,
     ) -> None:
         """Open ``directory``, which exists below ``root``; ``pool`` must outlive this object."""
         buffers = (
@@ -174,6 +177,8 @@ class Segments:
                 "abandoned_ns": _ABANDONED_S * _NS,
                 "segment_bytes": segment_bytes,
                 "capacity_bytes": capacity_bytes or 0,
+                "namespace_bytes": namespace_bytes or 0,
+                "unused_s": math.ceil(unused_s or 0),
             },
         )
         out = _ffi.new("ucm_segments **")

@@ -60,6 +60,12 @@ class FileOptions(Strict):
     capacity_bytes: int | None = pydantic.Field(default=None, gt=0)
     """Most bytes that all segments below ``directory`` take, over all writers, processes and
     restarts; ``null`` for no limit but the file system's."""
+    namespace_capacity_bytes: int | None = pydantic.Field(default=None, gt=0)
+    """Most of them for one namespace, which is one model and salt; ``null`` for no such limit.  Each
+    namespace is held to the number that its own writers name."""
+    unused_s: float | None = pydantic.Field(default=None, gt=0)
+    """Segments of which nothing was written or loaded for longer are removed when the next one is
+    needed, whether or not there is room; ``null`` keeps them until there is none."""
     segment_bytes: int = pydantic.Field(default=256 << 20, ge=1 << 16)
     """Most bytes of a segment, at most an eighth of the capacity; the first ones are smaller."""
     active_segments: int = pydantic.Field(default=2, ge=1, le=64)
@@ -125,12 +131,15 @@ class FileStore(KVStoreBase):
         layout, options = self.context.layout, self._options
         access = _access(options)
         least = layout.payload_bytes + 16384
-        if options.capacity_bytes is not None and options.capacity_bytes < least:
-            msg = f"store.capacity_bytes={options.capacity_bytes}: one block takes {least} bytes"
-            raise ConfigError(msg)
         segment_bytes = options.segment_bytes
-        if options.capacity_bytes is not None:
-            segment_bytes = min(segment_bytes, max(1 << 16, options.capacity_bytes // 8))
+        for key in ("capacity_bytes", "namespace_capacity_bytes"):
+            capacity_bytes = getattr(options, key)
+            if capacity_bytes is None:
+                continue
+            if capacity_bytes < least:
+                msg = f"store.{key}={capacity_bytes}: one block takes {least} bytes"
+                raise ConfigError(msg)
+            segment_bytes = min(segment_bytes, max(1 << 16, capacity_bytes // 8))
         self._pool = Pool(
             threads=options.io_threads,
             queue_blocks=options.queue_blocks,
@@ -153,6 +162,8 @@ class FileStore(KVStoreBase):
                 durability=options.durability,
                 segment_bytes=segment_bytes,
                 capacity_bytes=options.capacity_bytes,
+                namespace_bytes=options.namespace_capacity_bytes,
+                unused_s=options.unused_s,
             )
         except UcmError as error:
             self._pool.close(1.0)

@@ -55,6 +55,8 @@ typedef struct {
     uint64_t abandoned_ns;       /* a partly dumped block that nobody continues makes room then */
     uint64_t segment_bytes;      /* most bytes of a new segment; the first ones are smaller */
     uint64_t capacity_bytes;     /* 0: no limit but the file system's */
+    uint64_t namespace_bytes;    /* most of them for this namespace; 0: no other limit */
+    uint64_t unused_s;           /* segments unused for longer go before they must; 0: never */
 } ucm_segments_options;
 
 typedef struct {
