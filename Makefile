@@ -37,6 +37,7 @@ demo: install-demo
 	PYTHONSAFEPATH=1 $(DEMO)/bin/python examples/demo_prefix_cache.py $(MODEL)
 
 bench-store: install-demo
+	$(DEMO)/bin/python -m pip install -q --no-deps lmcache==0.5.6
 	$(DEMO)/bin/python benchmarks/bench_store.py
 
 install-sdk: $(SDK)/bin/python

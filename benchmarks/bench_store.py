@@ -38,11 +38,13 @@ from store_systems import (
     BareFiles,
     BareMapped,
     BareSegment,
+    LmcacheFiles,
     Memcpy,
     Memory,
     System,
     Ucm,
     UcmDirect,
+    UcmMemory,
     VllmFiles,
 )
 
@@ -114,19 +116,21 @@ def systems(directory: Path, layout: KVLayout, blocks: int) -> Iterator[list[Sys
         (directory / name).mkdir()
     opened: list[System] = [
         Ucm(directory / "ucm", layout),
+        UcmMemory(directory, layout),
         Memcpy(blocks, payload),
         BareMapped(directory, blocks, payload),
         BareSegment(directory, blocks, payload),
         BareFiles(directory),
     ]
     with contextlib.suppress(OSError):  # not every file system can
-        opened.append(UcmDirect(directory / "ucm-direct", layout, access="direct", io_threads=4))
+        opened.append(UcmDirect(directory / "ucm-direct", layout, access="direct", io_threads=8))
         if payload % 4096 == 0:
             opened.append(BareSegment(directory, blocks, payload, direct=True))
-    try:
-        opened.append(VllmFiles(directory))
-    except ImportError:
-        print("  vLLM is not installed here: its tier is left out")
+    for peer in (VllmFiles, LmcacheFiles):
+        try:
+            opened.append(peer(directory))
+        except ImportError as error:
+            print(f"  left out: {peer.name}: {error}")
     try:
         yield opened
     finally:
@@ -160,6 +164,7 @@ def measure(shape: Shape, block_tokens: int, directory: Path, rounds: int) -> li
                 operations = [("dump", system.dump, source), ("load", system.load, target)]
                 if isinstance(system, Ucm):
                     operations.append(("load layer-wise", system.load_layerwise, target))
+                    operations.append(("load, 4 requests", system.load_by_requests, target))
                 for op, call, data in operations:
                     key = (system.name, system.tier, op)
                     result = results.setdefault(key, Result(*key))
@@ -176,6 +181,38 @@ def measure(shape: Shape, block_tokens: int, directory: Path, rounds: int) -> li
     return rows_of(shape, block_tokens, list(results.values()))
 
 
+def measure_index(directory: Path, rounds: int) -> list[dict[str, Any]]:
+    """Open a store of a million small blocks and look all of them up; seconds and ids/s."""
+    layout = KVLayout(16, (64,), 1, 1, "bfloat16", "bench/index")
+    count = 1_000_000
+    store = Ucm(directory, layout, capacity_bytes=None)
+    ids = np.random.default_rng(3).integers(0, 256, (count, 32), np.uint8)
+    memory = np.zeros((count, layout.payload_bytes), np.uint8)
+    for first in range(0, count, 50_000):
+        store.dump(ids[first : first + 50_000], memory[first : first + 50_000])
+    names = [id.tobytes() for id in ids]
+    rates: dict[str, list[float]] = {"open": [], "lookup, array": [], "lookup, list of bytes": []}
+    for _ in range(rounds):
+        store.close()
+        started = time.perf_counter()
+        store = Ucm(directory, layout, capacity_bytes=None)
+        rates["open"].append(time.perf_counter() - started)
+        for op, asked in (("lookup, array", ids), ("lookup, list of bytes", names)):
+            started = time.perf_counter()
+            found = store.lookup(asked)
+            rates[op].append(count / (time.perf_counter() - started) / 1e6)
+            assert found == count, found
+    store.close()
+    rows = []
+    for op, values in rates.items():
+        unit = "s" if op == "open" else "million ids/s"
+        median = statistics.median(values)
+        print(f"  {op:<24}{median:8.3f} {unit}   {min(values):.3f} to {max(values):.3f}")
+        row = {"system": "ucm", "tier": "index", "op": op, "unit": unit, "median": median}
+        rows.append({**row, "spread": [min(values), max(values)], "blocks": count})
+    return rows
+
+
 def rows_of(shape: Shape, block_tokens: int, results: list[Result]) -> list[dict[str, Any]]:
     """Return rows with ratios, the estimated one of UCM included."""
     rows: list[dict[str, Any]] = []
@@ -183,7 +220,7 @@ def rows_of(shape: Shape, block_tokens: int, results: list[Result]) -> list[dict
     best_peer: dict[tuple[str, str], float] = {}
     for result in results:
         key = (result.tier, result.op)
-        if result.system in LIMITS and result.system != "memcpy":
+        if result.system in LIMITS:
             best_limit[key] = max(best_limit.get(key, 0.0), result.median)
         elif result.system not in {"ucm", *LIMITS}:
             best_peer[key] = max(best_peer.get(key, 0.0), result.median)
@@ -261,7 +298,11 @@ def main() -> None:
                 shutil.rmtree(place)
             show(found)
             rows += found
+    print("\na store of a million blocks")
+    with tempfile.TemporaryDirectory(prefix="bench-store-", dir=arguments.directory) as room:
+        index = measure_index(Path(room).resolve(), arguments.rounds)
     OUTPUT.parent.mkdir(exist_ok=True)
+    OUTPUT.with_name("bench-index.json").write_text(json.dumps(index, indent=1) + "\n")
     OUTPUT.write_text(json.dumps(rows, indent=1) + "\n")
     print(f"\n{platform.machine()}, {os.cpu_count()} processors; written to {OUTPUT}")
 

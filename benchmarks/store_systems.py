@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import mmap
 import os
+import select
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,8 +59,10 @@ class Ucm(System):
         namespace = Namespace(
             model="bench", compute_dtype="bfloat16", kv_dtype="bfloat16", attention="full"
         )
-        config = {"kind": "file", "directory": str(directory), "io_threads": THREADS, **options}
-        config["capacity_bytes"] = 6 * BATCH_BYTES
+        config = {"kind": "file", "io_threads": THREADS, "capacity_bytes": 6 * BATCH_BYTES}
+        config |= options
+        if config["kind"] == "file":
+            config["directory"] = str(directory)
         self._store = open_store(config, StoreContext(namespace, layout))
         self._layout = layout
 
@@ -74,6 +80,21 @@ class Ucm(System):
     def load(self, ids: BlockIds, memory: Memory) -> None:
         """Load whole blocks."""
         self._store.load(self._batch(ids, memory)).wait(60)
+
+    def lookup(self, ids: BlockIds | list[bytes]) -> int:
+        """Return how many there are."""
+        return int(self._store.lookup(ids).sum())
+
+    def load_by_requests(self, ids: BlockIds, memory: Memory) -> None:
+        """Load whole blocks for four requests at a time."""
+        parts = np.array_split(np.arange(len(ids)), 4)
+        tasks = [
+            self._store.load(self._batch(ids[part], memory[part[0] : part[-1] + 1]))
+            for part in parts
+            if len(part)
+        ]
+        for task in tasks:
+            task.wait(60)
 
     def load_layerwise(self, ids: BlockIds, memory: Memory) -> None:
         """Load layer by layer, all submitted at once, as a forward pass waits for them."""
@@ -93,6 +114,23 @@ class UcmDirect(Ucm):
     """The file store past the page cache."""
 
     tier = "direct"
+
+
+class UcmMemory(Ucm):
+    """The store in shared memory."""
+
+    tier = "memory"
+
+    def __init__(self, directory: Path, layout: KVLayout) -> None:
+        """Make an area that ends with this object."""
+        self._area = f"bench-{os.getpid()}"
+        self._root = Path(f"/dev/shm/ucm-{os.geteuid()}") / self._area  # noqa: S108 - the store's
+        super().__init__(directory, layout, kind="shared_memory", area=self._area)
+
+    def close(self) -> None:
+        """Remove it."""
+        super().close()
+        shutil.rmtree(self._root)
 
 
 class Threaded(System):
@@ -115,7 +153,10 @@ class Threaded(System):
 
 
 class Memcpy(Threaded):
-    """Copying between two places of memory."""
+    """Copying between two places of memory, all of a thread's share in one call.
+
+    A copy of that size uses stores that bypass the caches.
+    """
 
     name = "memcpy"
     tier = "memory"
@@ -125,13 +166,24 @@ class Memcpy(Threaded):
         super().__init__()
         self._kept = np.ones((blocks, payload), np.uint8)
 
+    def _copy(self, to: Memory, source: Memory) -> None:
+        shares = np.array_split(np.arange(len(to)), THREADS)
+
+        def copy(number: int) -> None:
+            share = slice(shares[number][0], shares[number][-1] + 1)
+            np.copyto(to[share], source[share])
+
+        list(self._pool.map(copy, range(THREADS)))
+
     def dump(self, ids: BlockIds, memory: Memory) -> None:
         """Copy there."""
-        self._each(lambda index: np.copyto(self._kept[index], memory[index]), len(ids))
+        del ids
+        self._copy(self._kept, memory)
 
     def load(self, ids: BlockIds, memory: Memory) -> None:
         """Copy back."""
-        self._each(lambda index: np.copyto(memory[index], self._kept[index]), len(ids))
+        del ids
+        self._copy(memory, self._kept)
 
 
 class BareMapped(Threaded):
@@ -286,3 +338,54 @@ class VllmFiles(System):
     def close(self) -> None:
         """Stop the threads."""
         self._pool.shutdown()
+
+
+class LmcacheFiles(System):
+    """The C++ file system client of LMCache, with its default number of workers."""
+
+    name = "lmcache fs native"
+
+    def __init__(self, directory: Path) -> None:
+        """Load the extension alone: the package around it needs CUDA."""
+        import torch  # the extension links to its libraries
+
+        del torch
+        files = importlib.metadata.files("lmcache") or []
+        extension = next(file for file in files if file.name.startswith("lmcache_fs."))
+        spec = importlib.util.spec_from_file_location("lmcache_fs", str(extension.locate()))
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        (directory / "lmcache").mkdir()
+        self._client = module.LMCacheFSClient(str(directory / "lmcache"), 4)
+
+    def _finish(self, job: int) -> None:
+        while True:
+            select.select([self._client.event_fd()], [], [], 60)
+            for ended, good, error, _ in self._client.drain_completions():
+                assert good, error
+                if ended == job:
+                    return
+
+    def _keys(self, ids: BlockIds) -> list[str]:
+        return [f"bench@00000001@0@{id.tobytes().hex()}" for id in ids]
+
+    def _views(self, memory: Memory) -> list[memoryview]:
+        return [memoryview(row) for row in memory]
+
+    def dump(self, ids: BlockIds, memory: Memory) -> None:
+        """Store the blocks."""
+        self._finish(self._client.submit_batch_set(self._keys(ids), self._views(memory)))
+
+    def load(self, ids: BlockIds, memory: Memory) -> None:
+        """Load the blocks."""
+        self._finish(self._client.submit_batch_get(self._keys(ids), self._views(memory)))
+
+    def forget(self, ids: BlockIds) -> None:
+        """Remove the files."""
+        self._finish(self._client.submit_batch_delete(self._keys(ids)))
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._client.close()

@@ -5,7 +5,7 @@
  * The times of a segment file carry what handles of all processes must agree on.  The modification
  * time is when it was last written, or spared: the oldest goes first.  The access time is when a
  * block of it was last loaded, in the future while it is leased.  A segment that was loaded from
- * since it was written is spared once, as in CLOCK, while there is an old one that was not.
+ * since it was written is spared, as in CLOCK, while there is an old one that was not.
  */
 #define _GNU_SOURCE
 #include "segments_internal.h"
@@ -300,17 +300,25 @@ static int evict_one(ucm_segments *store, ucm_census *all, ucm_found_segment *on
     return UCM_PENDING;
 }
 
-/* Moves those of the `count` oldest that were loaded from since they were written behind all. */
+/*
+ * Lets those of the `count` oldest that were loaded from since they were written count as written
+ * when they were last loaded: behind what was not used since, before what was written since.
+ */
 static void spare(ucm_segments *store, const ucm_census *all, uint32_t count)
 {
-    /* The access time stays: it may just have become a lease. */
-    const struct timespec times[2] = {{.tv_nsec = UTIME_OMIT}, {.tv_nsec = UTIME_NOW}};
     char path[PATH_MAX];
     for (uint32_t i = 0; i < count; i++) {
         const ucm_found_segment *one = &all->found[i];
+        if (!one->bytes || !later(one->loaded, one->written))
+            continue;
+        /* The access time stays: it may just have become a lease. */
+        struct timespec times[2] = {{.tv_nsec = UTIME_OMIT}, one->loaded};
+        if (++times[1].tv_nsec == 1000000000) {
+            times[1].tv_sec++;
+            times[1].tv_nsec = 0;
+        }
         snprintf(path, sizeof path, "%s/%s/%s", store->root, one->folder, one->name);
-        if (one->bytes && later(one->loaded, one->written))
-            (void)utimensat(AT_FDCWD, path, times, 0);
+        (void)utimensat(AT_FDCWD, path, times, 0);
     }
 }
 
@@ -337,9 +345,12 @@ int ucm_segments_evict(ucm_segments *store, ucm_census *all, uint64_t wanted)
     for (int round = 0; round < 2; round++) {
         /* First what nobody has loaded from, but not of the younger half: what was just written has
          * not had its chance.  Then whatever is the oldest. */
-        uint32_t end = round ? all->count : (all->count + 1) / 2;
-        for (uint32_t i = 0; i < end && i < all->count; i++) {
+        uint64_t older_bytes = 0;
+        for (uint32_t i = 0; i < all->count; i++) {
             ucm_found_segment *one = &all->found[i];
+            if (!round && i && older_bytes + one->bytes > all->bytes / 2)
+                break;
+            older_bytes += one->bytes;
             if (!one->bytes || later(one->loaded, now) || (own_only && !own_namespace(store, one)) ||
                 (!round && later(one->loaded, one->written)))
                 continue; /* gone already, or leased, or another's, or spared */

@@ -61,8 +61,8 @@ class FileOptions(Strict):
     """Most bytes that all segments below ``directory`` take, over all writers, processes and
     restarts; ``null`` for no limit but the file system's."""
     namespace_capacity_bytes: int | None = pydantic.Field(default=None, gt=0)
-    """Most of them for one namespace, which is one model and salt; ``null`` for no such limit.  Each
-    namespace is held to the number that its own writers name."""
+    """Most of them for one namespace, which is one model and salt; ``null`` for no such limit.
+    Each namespace is held to the number that its own writers name."""
     unused_s: float | None = pydantic.Field(default=None, gt=0)
     """Segments of which nothing was written or loaded for longer are removed when the next one is
     needed, whether or not there is room; ``null`` keeps them until there is none."""
