@@ -2,9 +2,9 @@
 """Runs real vLLM with the real model in a process of its own: ``python vllm_job.py JOB RESULT``.
 
 JOB is a JSON file: ``model``, ``engine`` (arguments of ``LLM``), ``config`` (the adapter's, or null
-for vLLM without a connector), ``batches``.  A batch has ``prompts`` (token ids), ``max_tokens`` and
-optionally ``n``, ``together`` (submit all at once), ``reset`` (clear vLLM's own cache before).
-RESULT gets the output tokens, the cached tokens and the engine's own metrics.
+for vLLM without a connector), ``role``, ``batches``.  A batch has ``prompts`` (token ids),
+``max_tokens`` and optionally ``n``, ``together`` (submit all at once), ``reset`` (clear vLLM's own
+cache before).  RESULT gets the output tokens, the cached tokens and the engine's own metrics.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
     if job["config"] is not None:
         engine["kv_transfer_config"] = {
             "kv_connector": "UcmConnector",
-            "kv_role": "kv_both",
+            "kv_role": job["role"],
             "kv_connector_extra_config": job["config"],
         }
     llm = LLM(job["model"], **engine)

@@ -8,6 +8,7 @@ import json
 import os
 import pydoc
 import random
+import secrets
 import shutil
 import signal
 import subprocess
@@ -53,22 +54,27 @@ def job(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """Return a function that runs one engine process over batches of prompts."""
     folder = tmp_path_factory.mktemp("jobs")
     numbers = itertools.count()
+    # What engines outside of the tests have learnt of this machine stays out.
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
 
     def run(
         config: dict[str, Any] | None,
         *batches: dict[str, Any],
         kill_after: int | None = None,
         fails: bool = False,
+        role: str = "kv_both",
         **engine: Any,
     ) -> dict[str, Any]:
         number = next(numbers)
         description, result = folder / f"{number}.json", folder / f"{number}.result.json"
-        content = {"model": str(model_path), "engine": engine, "config": config}
+        content = {"model": str(model_path), "engine": engine, "config": config, "role": role}
         description.write_text(json.dumps({**content, "batches": batches}))
         command = [sys.executable, str(JOB), str(description), str(result)]
         log = folder / f"{number}.log"
         with log.open("w") as errors:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+            )
             assert process.stdout is not None
             done = 0
             for line in process.stdout:
@@ -210,9 +216,53 @@ def test_the_store_of_another_setting_hits_nothing(
         assert result["metrics"]["ucm_requests_total|miss"] == 3, name
 
 
-# Faults.
+# More than one medium, and slow ones.
 
 FEW = slice(17, 20)
+
+
+def test_memory_before_files_and_written_back_at_the_end(
+    job: Job, expected: list[list[list[int]]], prompts: list[list[int]], tmp_path: Path
+) -> None:
+    area = f"test-{secrets.token_hex(8)}"
+    fast = {"kind": "shared_memory", "area": area, "capacity_bytes": 1 << 30}
+    slow = file_store(tmp_path)["store"]
+    config = {"store": {"kind": "tiered", "write": "back", "fast": fast, "slow": slow}}
+    batch = {"prompts": prompts[FEW], "max_tokens": NEW}
+    try:
+        cold = job(config, batch)
+        warm = job(config, batch)
+    finally:
+        shutil.rmtree(f"/dev/shm/ucm-{os.geteuid()}/{area}", ignore_errors=True)
+    assert tokens(cold["batches"][0]) == tokens(warm["batches"][0]) == expected[FEW]
+    assert cached(warm["batches"][0]) == hits(prompts[FEW])
+    blocks = sum(hits(prompts[FEW])) // BLOCK
+    assert warm["metrics"]["ucm_tier_blocks_total|fast|load|ok"] == blocks
+    # The memory has gone; everything is in the files.
+    alone = job({"store": slow}, batch)
+    assert tokens(alone["batches"][0]) == expected[FEW]
+    assert cached(alone["batches"][0]) == hits(prompts[FEW])
+
+
+def test_what_is_computed_sooner_than_loaded_is_computed(
+    job: Job,
+    expected: list[list[list[int]]],
+    filled: tuple[Path, dict[str, Any]],
+    prompts: list[list[int]],
+) -> None:
+    inner = {"kind": "file", "directory": str(filled[0])}
+    store = {"kind": "throttled", "inner": inner, "bytes_per_s": 1e6}
+    unknown = {"prompts": [prompts[17][::-1], prompts[18][::-1]], "max_tokens": 1}
+    known = {"prompts": prompts[FEW], "max_tokens": NEW}
+    result = job({"store": store}, unknown, known, role="kv_consumer")
+    assert tokens(result["batches"][1]) == expected[FEW]
+    # A block or two were tried.
+    assert sum(cached(result["batches"][1])) <= 2 * BLOCK
+    assert result["metrics"]["ucm_requests_total|recompute"] >= 1
+    assert result["metrics"]["ucm_recomputed_tokens_total"] > sum(hits(prompts[FEW])) / 2
+
+
+# Faults.
 
 
 def test_damaged_files_are_computed_and_counted(
