@@ -116,3 +116,16 @@ def test_config(tmp_path: Path) -> None:
 
 def test_wrong_usage_is_2() -> None:
     assert ucm("store", "frobnicate")[0] == 2
+
+
+def test_bench_measures_and_leaves_nothing(directory: Path) -> None:
+    before = sorted(directory.rglob("*"))
+    small = ("--block-kib", "64", "--mib", "2", "--rounds", "3")
+    code, rows, _ = ucm("store", "bench", str(directory), *small, "--json")
+    assert code == 0
+    assert [row["operation"] for row in rows] == ["dump", "load", "memory"]
+    assert all(0 < row["least"] <= row["gb_per_s"] <= row["most"] for row in rows)
+    assert sorted(directory.rglob("*")) == before
+    code, _, errors = ucm("store", "bench", str(directory), *small, "--access", "quick")
+    assert code == 1
+    assert "access" in errors

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ from ucm_sdk.connector import UcmConfig
 from ucm_sdk.errors import ConfigError, StoreError
 from ucm_sdk.store import check_store_options
 from ucm_sdk.stores.inspection import Geometry, geometries, summary
+from ucm_sdk.stores.measure import measure
 from ucm_sdk.types import ID_BYTES, BlockIds
 
 PROBLEM: Final = 1
@@ -205,6 +207,45 @@ def store_pin(
     _show([{"asked": len(ids), "found": found}], as_json=as_json)
     if found < len(ids):
         raise typer.Exit(PROBLEM)
+
+
+@store_app.command("bench")
+def store_bench(
+    directory: Directory,
+    *,
+    block_kib: Annotated[int, typer.Option(min=4, help="KiB of a block.")] = 2304,
+    mib: Annotated[int, typer.Option(min=1, help="MiB that a round moves.")] = 256,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Rounds, after a first that does not count.")
+    ] = 5,
+    access: Annotated[str, typer.Option(help="As in the configuration.")] = "auto",
+    durability: Annotated[str, typer.Option(help="As in the configuration.")] = "none",
+    as_json: AsJson = False,
+) -> None:
+    """Measure what a directory gives: dumps, verified loads, and a copy in memory beside them."""
+    blocks = max(1, (mib << 10) // block_kib)
+    size_gb = blocks * block_kib * 1024 / 1e9
+    options = {"access": access, "durability": durability}
+    speeds: dict[str, list[float]] = {"dump": [], "load": [], "memory": []}
+    runs = measure(
+        directory, options, block_bytes=block_kib << 10, blocks=blocks, rounds=rounds + 1
+    )
+    with Progress(console=Console(stderr=True), disable=as_json) as progress:
+        task = progress.add_task("rounds", total=rounds + 1)
+        for number, seconds in enumerate(runs):
+            progress.advance(task)
+            for operation, took in seconds.items() if number else ():
+                speeds[operation].append(size_gb / took)
+    rows = [
+        {
+            "operation": operation,
+            "gb_per_s": round(statistics.median(values), 3),
+            "least": round(min(values), 3),
+            "most": round(max(values), 3),
+        }
+        for operation, values in speeds.items()
+    ]
+    _show(rows, as_json=as_json)
 
 
 @app.command("doctor")
