@@ -2,7 +2,8 @@
 """Kill writers and a reader of the file store at random instants, again and again.
 
 ``python tools/crash.py [--loops N] [--seed N]``: in each loop three writers and a reader run on one
-directory until all are killed with SIGKILL.  Then a new store must find everything that the writers
+directory until all are killed with SIGKILL.  With ``--mounts A B`` they use a directory of two
+mounts of the same file system in turn.  Then a new store must find everything that the writers
 were told is durable, and every block that it finds must be whole.  Exits with 1 at the first block
 that is lost or wrong.  ``make crash LOOPS=1000`` runs it.
 """
@@ -19,6 +20,7 @@ import struct
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,6 +112,8 @@ def start(work: Callable[[], None]) -> int:
     try:
         work()
         code = 0
+    except Exception:
+        traceback.print_exc()
     finally:
         os._exit(code)
 
@@ -125,14 +129,14 @@ def acknowledged(file: int) -> list[tuple[int, int, int]]:
     ]
 
 
-def run_loop(directory: str, loop: int, generator: random.Random) -> tuple[int, str]:
+def run_loop(mounts: list[str], loop: int, generator: random.Random) -> tuple[int, str]:
     """Start, kill, check; returns the checked dumps and what is wrong."""
     hears, told = os.pipe()
     children = [
-        start(lambda writer=writer: write(directory, loop, writer, told))  # type: ignore[misc]
+        start(lambda writer=writer: write(mounts[writer % len(mounts)], loop, writer, told))  # type: ignore[misc]
         for writer in range(WRITERS)
     ]
-    children.append(start(lambda: read(directory, loop)))
+    children.append(start(lambda: read(mounts[-1], loop)))
     os.close(told)
     time.sleep(generator.uniform(0.01, 0.25))
     for child in children:
@@ -143,7 +147,7 @@ def run_loop(directory: str, loop: int, generator: random.Random) -> tuple[int, 
             return 0, f"a child ended by itself with {os.WEXITSTATUS(status)}"
     dumps = acknowledged(hears)
     os.close(hears)
-    with open_at(directory) as store:
+    with open_at(mounts[loop % len(mounts)]) as store:
         for dump in dumps:
             if not all(check(store, ids_of(*dump))):
                 return len(dumps), f"an acknowledged block is lost: {dump}"
@@ -160,12 +164,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--loops", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--mounts", nargs=2, metavar="DIRECTORY", default=[tempfile.gettempdir()])
     arguments = parser.parse_args()
     generator = random.Random(arguments.seed)  # noqa: S311 - reproducible
-    directory = tempfile.mkdtemp(prefix="ucm-crash-")
+    directory = tempfile.mkdtemp(prefix="ucm-crash-", dir=arguments.mounts[0])
+    mounts = [str(Path(mount) / Path(directory).name) for mount in arguments.mounts]
     total = 0
     for loop in range(arguments.loops):
-        count, wrong = run_loop(directory, loop, generator)
+        count, wrong = run_loop(mounts, loop, generator)
         total += count
         if wrong:
             print(f"loop {loop}: {wrong}; the store is kept in {directory}", file=sys.stderr)

@@ -138,10 +138,13 @@ static int prepare_access(ucm_segment_file *segment, int directory, const char *
 {
     if (access == UCM_ACCESS_MAPPED)
         return map_file(segment, writing);
-    if (access == UCM_ACCESS_DIRECT) {
+    if (access >= UCM_ACCESS_DIRECT) {
+        segment->distant = access == UCM_ACCESS_NETWORK;
         segment->direct = open_quietly(directory, name, (writing ? O_RDWR : O_RDONLY) | O_DIRECT);
         if (segment->direct < 0)
             return ucm_status_from_errno(errno);
+        /* What is read by the other way is a page here and there. */
+        (void)posix_fadvise(segment->file, 0, 0, POSIX_FADV_RANDOM);
     }
     return UCM_OK;
 }
@@ -224,7 +227,8 @@ int ucm_segment_create(int directory, const char *name, const ucm_segment_shape 
         status = write_all(segment->file, page, sizeof page, 0);
     if (!status)
         status = prepare_access(segment, directory, temporary, access, 1);
-    if (!status && sync && fsync(segment->file))
+    /* Another host must not see the name before the header. */
+    if (!status && (sync || segment->distant) && fsync(segment->file))
         status = ucm_status_from_errno(errno);
     if (!status && renameat(directory, temporary, directory, name))
         status = ucm_status_from_errno(errno);
@@ -278,12 +282,32 @@ static uint32_t entry_crc(const ucm_segment_entry *entry)
     return ucm_crc32c(0, entry, offsetof(ucm_segment_entry, entry_crc));
 }
 
+/* Reads table bytes past the page cache, a page at a time: neither end need be aligned. */
+static int read_distant(const ucm_segment_file *segment, uint8_t *to, uint64_t bytes, uint64_t at)
+{
+    _Alignas(UCM_PAGE) uint8_t page[UCM_PAGE];
+    int status = UCM_OK;
+    for (uint64_t end = at + bytes, length; at < end && !status; at += length, to += length) {
+        length = UCM_PAGE - at % UCM_PAGE;
+        if (length > end - at)
+            length = end - at;
+        status = read_all(segment->direct, page, sizeof page, at / UCM_PAGE * UCM_PAGE);
+        memcpy(to, page + at % UCM_PAGE, length);
+    }
+    return status;
+}
+
 int ucm_segment_entries(const ucm_segment_file *segment, uint32_t first, uint32_t count,
                         ucm_segment_entry *entries)
 {
     uint64_t at = UCM_PAGE + first * sizeof *entries, bytes = count * sizeof *entries;
-    int status = segment->map ? ucm_mapped_copy(entries, segment->map + at, bytes, NULL)
-                              : read_all(segment->file, entries, bytes, at);
+    int status;
+    if (segment->map)
+        status = ucm_mapped_copy(entries, segment->map + at, bytes, NULL);
+    else if (segment->distant)
+        status = read_distant(segment, (uint8_t *)entries, bytes, at);
+    else
+        status = read_all(segment->file, entries, bytes, at);
     if (status)
         return status;
     for (uint32_t i = 0; i < count; i++)
@@ -305,5 +329,10 @@ int ucm_segment_write_entry(const ucm_segment_file *segment, uint32_t slot,
         atomic_thread_fence(memory_order_release);
         return ucm_mapped_copy(segment->map + at, from, sizeof *entry, NULL);
     }
-    return write_all(segment->file, from, sizeof *entry, at);
+    /* Past the cache only whole sectors can be written, and with the entry its neighbours, which
+     * somebody else may be deleting. */
+    int status = write_all(segment->file, from, sizeof *entry, at);
+    if (!status && segment->distant && fdatasync(segment->file))
+        status = ucm_status_from_errno(errno);
+    return status;
 }

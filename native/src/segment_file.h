@@ -58,6 +58,7 @@ typedef struct {
     int writing;   /* this handle has the lock */
     int writable;  /* the mapping may be written */
     int overwrites; /* its blocks are allocated and probably cached: mapped stores are fastest */
+    int distant;    /* others may write it from other hosts: the cache is not asked */
     uint64_t bytes;
     uint32_t shard, slot_count;
     uint64_t slot_bytes, slots_at;
@@ -85,7 +86,8 @@ void ucm_segment_stop_writing(ucm_segment_file *segment);
 int ucm_segment_entries(const ucm_segment_file *segment, uint32_t first, uint32_t count,
                         ucm_segment_entry *entries);
 
-/* Fills in an entry's checksum and writes it; NULL clears it. */
+/* Fills in an entry's checksum and writes it; NULL clears it.  What it stands for must have been
+ * written, for a distant segment to the server. */
 int ucm_segment_write_entry(const ucm_segment_file *segment, uint32_t slot,
                             ucm_segment_entry *entry);
 

@@ -40,7 +40,7 @@ uint64_t ucm_segments_scratch_bytes(const uint32_t *piece_bytes, uint32_t piece_
         if (piece_bytes[i] > largest)
             largest = piece_bytes[i];
     /* The expected header, and what is read: a record, or a header and as many pieces as fit. */
-    uint64_t read = access == UCM_ACCESS_DIRECT ? record_bytes(piece_bytes, piece_count)
+    uint64_t read = access >= UCM_ACCESS_DIRECT ? record_bytes(piece_bytes, piece_count)
                                                 : header + largest + 2 * UCM_PAGE;
     uint64_t bytes = header + (read > UCM_PAGE * 256 ? read : UCM_PAGE * 256);
     return (bytes + UCM_PAGE - 1) / UCM_PAGE * UCM_PAGE;
@@ -51,7 +51,7 @@ static int check_options(const ucm_segments_options *options)
     if (!options->root || !options->directory || !options->piece_count ||
         options->piece_count > 65536 || options->shard >= options->shards ||
         !options->open_blocks || !options->active_segments || options->active_segments > 64 ||
-        options->access > UCM_ACCESS_DIRECT || options->durability > UCM_DURABILITY_EACH)
+        options->access > UCM_ACCESS_NETWORK || options->durability > UCM_DURABILITY_EACH)
         return UCM_INVALID;
     for (uint32_t i = 0; i < options->piece_count; i++)
         if (!options->piece_bytes[i])

@@ -150,13 +150,15 @@ void ucm_segments_note_hit(ucm_segments *store, segment *hit, double lease_s)
     struct timespec wall;
     clock_gettime(CLOCK_REALTIME, &wall);
     uint64_t now = ucm_now_ns();
-    uint64_t pause = store->access == UCM_ACCESS_BUFFERED ? DISTANT_HIT_NS : HIT_NS;
+    int near = store->access == UCM_ACCESS_MAPPED || store->access == UCM_ACCESS_DIRECT;
+    uint64_t pause = near ? HIT_NS : DISTANT_HIT_NS;
     int64_t end_s = (int64_t)wall.tv_sec + (int64_t)(lease_s + 0.999);
     pthread_mutex_lock(&store->mutex);
     /* Noted often enough; a lease is never shortened. */
     int leased = hit->lease_end_s > wall.tv_sec;
     int skip = lease_s > 0 ? leased && end_s <= hit->lease_end_s
                            : leased || (hit->hit_noted_ns && now - hit->hit_noted_ns < pause);
+    hit->hit_since = skip && !leased;
     if (!skip) {
         hit->hit_noted_ns = now;
         if (lease_s > 0)
@@ -176,6 +178,28 @@ void ucm_segments_note_hit(ucm_segments *store, segment *hit, double lease_s)
     /* Another handle's longer lease stays; a mount that is read-only has no evictions to stop. */
     if (later(times[0], information.st_atim))
         (void)utimensat(store->directory, name, times, 0);
+}
+
+void ucm_segments_note_hits(ucm_segments *store)
+{
+    for (uint32_t i = 0;; i++) {
+        pthread_mutex_lock(&store->mutex);
+        if (i >= store->segment_count) {
+            pthread_mutex_unlock(&store->mutex);
+            return;
+        }
+        segment *known = store->segments[i];
+        int wanted = known && known->hit_since;
+        if (wanted) {
+            known->hit_noted_ns = 0;
+            known->references++;
+        }
+        pthread_mutex_unlock(&store->mutex);
+        if (wanted) {
+            ucm_segments_note_hit(store, known, 0);
+            ucm_segments_let_go(store, known);
+        }
+    }
 }
 
 int ucm_segments_lock_capacity(ucm_segments *store, int *status)

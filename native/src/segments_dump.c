@@ -20,6 +20,7 @@ static void reset(open_block *block)
     block->published = 0;
     block->ended = 0;
     block->written = 0;
+    block->header_written = 0;
     block->segment = NULL;
 }
 
@@ -243,6 +244,7 @@ static int write_direct(ucm_worker *worker, ucm_segments *store, open_block *blo
     *written = store->piece_count;
     ucm_record_seal(block->record);
     memcpy(record, block->record, header_bytes);
+    block->header_written = 1;
     struct iovec part = {.iov_base = record, .iov_len = store->shape.slot_bytes};
     return write_parts(worker, block->segment->file.direct, place(block), &part, 1);
 }
@@ -303,9 +305,11 @@ static int publish(ucm_worker *worker, ucm_segments *store, open_block *block)
     if (into->file.writable && into->file.overwrites) {
         if (ucm_mapped_copy(into->file.map + place(block), block->record, header_bytes, NULL))
             status = UCM_IO;
-    } else {
+    } else if (!block->header_written) {
         struct iovec header = {.iov_base = block->record, .iov_len = header_bytes};
         status = write_parts(worker, into->file.file, place(block), &header, 1);
+        if (!status && into->file.distant && fdatasync(into->file.file))
+            status = ucm_status_from_errno(errno);
     }
     ucm_segment_entry entry = {.used = 1,
                                .record_crc = block->record->header_crc,

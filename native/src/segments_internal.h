@@ -33,6 +33,7 @@ typedef struct {
     int gone;            /* not in the directory any more; freed with its last reference */
     int seen;            /* by the scan that is under way */
     uint64_t hit_noted_ns;
+    int hit_since; /* a hit came too soon after that to be noted too */
     int64_t lease_end_s; /* as last noted by this handle */
     uint8_t *slots;      /* SLOT_ flags */
     uint8_t (*keys)[UCM_INDEX_KEY]; /* of the block that the index has for a slot */
@@ -53,6 +54,7 @@ typedef struct {
     int ended;         /* publishing has ended with `result` */
     int result;
     uint64_t used_ns;  /* when a job last held it, for giving up what nobody continues */
+    int header_written; /* the record's header is written already, past the page cache */
     uint32_t written;  /* pieces accepted */
     segment *segment;  /* where it is written, NULL before the first piece */
     uint32_t slot;
@@ -143,6 +145,9 @@ void ucm_segments_retire(ucm_segments *store, segment *from, uint32_t slot, cons
 
 /* Says to all handles that the segment is in use, until `lease_s` from now. */
 void ucm_segments_note_hit(ucm_segments *store, segment *hit, double lease_s);
+
+/* Says what was not said yet, before segments are compared by when they were used. */
+void ucm_segments_note_hits(ucm_segments *store);
 
 /* Reserves a slot for a record, in a new or taken-over segment where none is free. */
 int ucm_segments_reserve(ucm_segments *store, segment **into, uint32_t *slot);

@@ -108,11 +108,11 @@ static int load_mapped(const record_load *load, cursor at)
 }
 
 /* Reads bytes of the record into `to`, which is aligned for O_DIRECT; so are the numbers then. */
-static int read_record(const record_load *load, uint64_t offset, uint8_t *to, uint64_t bytes)
+static int read_record(const record_load *load, int file, uint64_t offset, uint8_t *to,
+                       uint64_t bytes)
 {
-    const ucm_segment_file *file = &load->segment->file;
     struct iovec part = {.iov_base = to, .iov_len = bytes};
-    ucm_io_request request = {.file = file->direct >= 0 ? file->direct : file->file,
+    ucm_io_request request = {.file = file,
                               .operation = UCM_IO_READ,
                               .offset = load->at + offset,
                               .parts = &part,
@@ -129,7 +129,8 @@ static int read_record(const record_load *load, uint64_t offset, uint8_t *to, ui
 static int load_read(const record_load *load, cursor at)
 {
     const ucm_segments *store = load->store;
-    uint64_t most = load->segment->file.direct >= 0 ? load->memory_bytes : CACHED_READ_BYTES;
+    const ucm_segment_file *file = &load->segment->file;
+    uint64_t most = file->direct >= 0 ? load->memory_bytes : CACHED_READ_BYTES;
     uint64_t header = store->shape.record_header_bytes;
     if (most > load->memory_bytes)
         most = load->memory_bytes;
@@ -155,7 +156,8 @@ static int load_read(const record_load *load, cursor at)
         if (to <= load->have)
             bytes += from - header;
         else
-            status = read_record(load, from, load->memory, to - from);
+            status = read_record(load, file->direct >= 0 ? file->direct : file->file, from,
+                                 load->memory, to - from);
         for (; !status && (at.row != end.row || at.piece != end.piece) && at.row != at.end;
              next_pair(&at))
             status = deliver(load, &at, bytes + (header + store->piece_offset[at.piece] - from));
@@ -187,13 +189,16 @@ static int load_record(record_load *load, const uint8_t *id, uint32_t slot, curs
         if (!entry.used || memcmp(entry.block, id, UCM_ID_BYTES))
             return UCM_MISSING;
     }
-    /* The header, and past the page cache all of a whole block with it: it lies behind. */
-    load->have = header_bytes;
-    if (file->direct >= 0 && wants_all(&at))
-        load->have = store->shape.slot_bytes;
-    int status = file->map
-                     ? ucm_mapped_copy(found, file->map + load->at, header_bytes, NULL)
-                     : read_record(load, 0, (uint8_t *)found, load->have);
+    /*
+     * Past the page cache all of a whole block is read with its header, which lies before it.  The
+     * header of a block that is read in parts is small and wanted again: it may stay in the cache,
+     * where the cache is to be believed.
+     */
+    int whole = file->direct >= 0 && (file->distant || wants_all(&at));
+    load->have = whole ? store->shape.slot_bytes : header_bytes;
+    int status = file->map ? ucm_mapped_copy(found, file->map + load->at, header_bytes, NULL)
+                           : read_record(load, whole ? file->direct : file->file, 0,
+                                         (uint8_t *)found, load->have);
     if (status)
         return status;
     ucm_record_init(expected, store->shape.namespace_id, store->shape.geometry_id, id,

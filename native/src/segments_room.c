@@ -142,13 +142,24 @@ static int open_to_write(ucm_segments *store, const char *name, int evict, segme
     *mine = known_as(store, name);
     if (*mine && write_through(store, *mine, &file))
         return UCM_OK;
+    uint32_t slots = file.slot_count;
+    uint8_t *flags = *mine && (*mine)->file.slot_count == slots ? malloc(slots) : NULL;
     if (*mine) {
         pthread_mutex_lock(&store->mutex);
+        if (flags)
+            memcpy(flags, (*mine)->slots, slots);
         (*mine)->references--;
         ucm_segments_forget(store, *mine);
         pthread_mutex_unlock(&store->mutex);
     }
-    return ucm_segments_add(store, name, &file, mine);
+    status = ucm_segments_add(store, name, &file, mine);
+    /* What was loaded stays a while longer. */
+    pthread_mutex_lock(&store->mutex);
+    for (uint32_t slot = 0; flags && !status && slot < slots; slot++)
+        (*mine)->slots[slot] |= flags[slot] & SLOT_LOADED;
+    pthread_mutex_unlock(&store->mutex);
+    free(flags);
+    return status;
 }
 
 /* Gives a segment that this handle has opened for writing its new name. */
@@ -261,6 +272,7 @@ static int find_room(ucm_segments *store, int evict)
         return status;
     ucm_census all;
     ucm_segments_sweep(store);
+    ucm_segments_note_hits(store);
     status = ucm_segments_census(store, &all);
     if (!status)
         ucm_segments_expire(store, &all);

@@ -249,7 +249,7 @@ int main(void)
     ucm_pool_options pool_options = {.threads = 1, .queue_blocks = 4, .scratch_bytes = 2 << 20};
     ucm_pool *pool;
     CHECK_OK(ucm_pool_open(&pool_options, &pool));
-    for (uint32_t access = UCM_ACCESS_MAPPED; access <= UCM_ACCESS_DIRECT; access++)
+    for (uint32_t access = UCM_ACCESS_MAPPED; access <= UCM_ACCESS_NETWORK; access++)
         whatever_fails(pool, access);
     a_stuck_read(pool);
     CHECK_OK(ucm_pool_close(pool, 10 * SECOND_NS));

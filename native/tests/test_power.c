@@ -292,7 +292,7 @@ static int power_cut(uint32_t access, uint32_t durability, uint64_t capacity, in
 int main(void)
 {
     srand(1);
-    for (uint32_t access = UCM_ACCESS_MAPPED; access <= UCM_ACCESS_DIRECT; access++)
+    for (uint32_t access = UCM_ACCESS_MAPPED; access <= UCM_ACCESS_NETWORK; access++)
         for (uint32_t durability = UCM_DURABILITY_GROUP; durability <= UCM_DURABILITY_EACH;
              durability++) {
             int there = 0, cuts = 0;

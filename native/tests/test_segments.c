@@ -357,7 +357,7 @@ int main(void)
     for (int block = 0; block < BLOCKS; block++)
         for (int i = 0; i < PAYLOAD; i++)
             source[block][i] = (uint8_t)(i * 31 + i / 255 + block);
-    for (uint32_t access = UCM_ACCESS_MAPPED; access <= UCM_ACCESS_DIRECT; access++)
+    for (uint32_t access = UCM_ACCESS_MAPPED; access <= UCM_ACCESS_NETWORK; access++)
         for (uint32_t engine = UCM_IO_SYNC; engine <= UCM_IO_URING; engine++) {
             settings with = USUAL;
             with.access = access;

@@ -41,6 +41,7 @@ class TestFileStore(StoreSuite):
             {"access": "buffered", "io_engine": "io_uring"},
             {"access": "direct"},
             {"access": "direct", "io_engine": "io_uring"},
+            {"access": "network"},
         ],
         ids=lambda options: "-".join(options.values()),
     )

@@ -37,7 +37,7 @@ class FileStoreMachine(RuleBasedStateMachine):
         self.damaged: set[int] = set()
         self.handles: list[FileStore] = []
 
-    @initialize(access=st.sampled_from(["mapped", "buffered"]), seed=st.integers(0, 99))
+    @initialize(access=st.sampled_from(["mapped", "buffered", "network"]), seed=st.integers(0, 99))
     def start(self, access: str, seed: int) -> None:
         self.options: dict[str, Any] = {"access": access, "capacity_bytes": self.capacity_bytes}
         self.options["segment_bytes"] = 1 << 18

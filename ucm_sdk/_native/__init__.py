@@ -29,7 +29,7 @@ _NS: Final = 1_000_000_000
 _FOREVER_NS: Final = 2**62
 _ABANDONED_S: Final = 120
 ENGINES: Final = ("sync", "io_uring")
-ACCESSES: Final = ("mapped", "buffered", "direct")
+ACCESSES: Final = ("mapped", "buffered", "direct", "network")
 DURABILITIES: Final = ("none", "group", "each")
 
 

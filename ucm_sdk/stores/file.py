@@ -73,9 +73,10 @@ class FileOptions(Strict):
     durability: Literal["none", "group", "each"] = "none"
     """``each``: a block is on the medium before it is visible; ``group``: the same, and blocks
     that end together share a sync; ``none``: the system decides."""
-    access: Literal["auto", "mapped", "buffered", "direct"] = "auto"
+    access: Literal["auto", "mapped", "buffered", "direct", "network"] = "auto"
     """``mapped``: segments are mapped into memory; ``buffered``: read and written by calls;
-    ``direct``: the same past the page cache; ``auto``: mapped, but buffered on a network mount."""
+    ``direct``: the same past the page cache; ``network``: past it in all, so that this host sees
+    what others have just written; ``auto``: ``mapped``, and ``network`` on a network mount."""
     io_engine: Literal["sync", "io_uring"] = "sync"
     """``io_uring`` falls back to ``sync`` where the kernel refuses it."""
     io_threads: int = pydantic.Field(default_factory=default_threads, ge=1, le=256)
@@ -213,7 +214,10 @@ NFSStore = FileStore
 
 
 def _access(options: FileOptions) -> str:
-    """Return how segments are read and written: not by mapping where the server may fail."""
+    """Return how segments are read and written.
+
+    Not by mapping where the server may fail, and past a page cache that may be older than the file.
+    """
     if options.access != "auto":
         return options.access
     where, kind = "", ""
@@ -225,8 +229,17 @@ def _access(options: FileOptions) -> str:
             inside = directory == mount or directory.startswith(mount.rstrip("/") + "/")
             if inside and len(mount) >= len(where):
                 where, kind = mount, file_system
-    network = kind in _NETWORK_FILE_SYSTEMS or kind.startswith("fuse")
-    return "buffered" if network else "mapped"
+    if kind not in _NETWORK_FILE_SYSTEMS and not kind.startswith("fuse"):
+        return "mapped"
+    return "network" if _bypasses_cache(options.directory) else "buffered"
+
+
+def _bypasses_cache(directory: Path) -> bool:
+    """Whether files can be opened past the page cache, which not every file system offers."""
+    with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=directory) as file:
+        os.close(os.open(file.name, os.O_RDWR | os.O_DIRECT))
+        return True
+    return False
 
 
 def _prepare(root: Path, context: StoreContext, *, durable: bool) -> Path:

@@ -32,6 +32,7 @@ enum ucm_segments_access {
     UCM_ACCESS_MAPPED,   /* segments are mapped: for file systems of this machine */
     UCM_ACCESS_BUFFERED, /* preadv and pwritev: for network mounts */
     UCM_ACCESS_DIRECT,   /* the same past the page cache; scratch holds a whole record */
+    UCM_ACCESS_NETWORK,  /* tables and headers too: this host's cache may be older than the file */
 };
 
 enum ucm_segments_durability {
