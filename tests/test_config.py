@@ -104,7 +104,8 @@ def test_a_salt_does_not_appear_where_a_configuration_is_printed() -> None:
 
 
 def test_stores_are_found_by_name() -> None:
-    assert STORES.names() == ["fake", "faulty", "file", "memory", "null", "throttled"]
+    names = {"fake", "faulty", "file", "memory", "null", "shared_memory", "throttled", "tiered"}
+    assert set(STORES.names()) == names
     assert store_class("memory").__name__ == "MemoryStore"
 
 

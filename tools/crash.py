@@ -22,6 +22,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +113,7 @@ def start(work: Callable[[], None]) -> int:
     try:
         work()
         code = 0
-    except Exception:
+    except Exception:  # noqa: BLE001 - whatever it is, the parent has to say it
         traceback.print_exc()
     finally:
         os._exit(code)
@@ -132,10 +133,10 @@ def acknowledged(file: int) -> list[tuple[int, int, int]]:
 def run_loop(mounts: list[str], loop: int, generator: random.Random) -> tuple[int, str]:
     """Start, kill, check; returns the checked dumps and what is wrong."""
     hears, told = os.pipe()
-    children = [
-        start(lambda writer=writer: write(mounts[writer % len(mounts)], loop, writer, told))  # type: ignore[misc]
-        for writer in range(WRITERS)
-    ]
+    children = []
+    for writer in range(WRITERS):
+        place = mounts[writer % len(mounts)]
+        children.append(start(partial(write, place, loop, writer, told)))
     children.append(start(lambda: read(mounts[-1], loop)))
     os.close(told)
     time.sleep(generator.uniform(0.01, 0.25))

@@ -375,7 +375,8 @@ int ucm_segments_evict(ucm_segments *store, ucm_census *all, uint64_t wanted)
             if (!round && i && older_bytes + one->bytes > all->bytes / 2)
                 break;
             older_bytes += one->bytes;
-            if (!one->bytes || later(one->loaded, now) || (own_only && !own_namespace(store, one)) ||
+            int not_asked = own_only && !own_namespace(store, one);
+            if (!one->bytes || later(one->loaded, now) || not_asked ||
                 (!round && later(one->loaded, one->written)))
                 continue; /* gone already, or leased, or another's, or spared */
             int status = evict_one(store, all, one);

@@ -171,8 +171,8 @@ int ucm_segments_fits(const ucm_segments *store, const ucm_census *all, uint64_t
 /* Removes what nobody has used for the time that the options name. */
 void ucm_segments_expire(ucm_segments *store, ucm_census *all);
 
-/* Makes room for `wanted` bytes, by one segment: UCM_OK when a segment of this handle has free slots now,
- * UCM_PENDING when bytes were freed, UCM_NO_SPACE when nothing can go. */
+/* Makes room for `wanted` bytes, by one segment: UCM_OK when a segment of this handle has free
+ * slots now, UCM_PENDING when bytes were freed, UCM_NO_SPACE when nothing can go. */
 int ucm_segments_evict(ucm_segments *store, ucm_census *all, uint64_t wanted);
 
 /* Takes over a segment whose lock nobody has; with `evict`, frees slots in it. */
