@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -188,3 +189,12 @@ def test_a_file_that_cannot_be_written_harms_nobody(tmp_path: Path) -> None:
 def test_each_store_and_model_has_its_own_file() -> None:
     files = {cost_file({"kind": "file"}, "a"), cost_file({"kind": "file"}, "b"), cost_file("a")}
     assert len(files) == 3
+
+
+def test_files_of_long_ago_are_removed(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text("{}")
+    new.write_text("{}")
+    os.utime(old, (1, 1))
+    learnt(Clock(), file=tmp_path / "costs.json").keep(now=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["costs.json", "new.json"]

@@ -54,8 +54,6 @@ def job(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """Return a function that runs one engine process over batches of prompts."""
     folder = tmp_path_factory.mktemp("jobs")
     numbers = itertools.count()
-    # What engines outside of the tests have learnt of this machine stays out.
-    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
 
     def run(
         config: dict[str, Any] | None,
@@ -72,9 +70,7 @@ def job(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
         command = [sys.executable, str(JOB), str(description), str(result)]
         log = folder / f"{number}.log"
         with log.open("w") as errors:
-            process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-            )
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
             assert process.stdout is not None
             done = 0
             for line in process.stdout:

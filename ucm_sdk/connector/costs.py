@@ -32,6 +32,7 @@ _PROBE_SHARE: Final = 0.1
 """A probe may cost this share of what computing the whole hit takes."""
 _PROBE_EVERY_S: Final = 30.0
 _SAVE_EVERY_S: Final = 60.0
+_KEPT_S: Final = 30 * 86400.0
 _SINGULAR: Final = 1e-6
 
 
@@ -167,8 +168,17 @@ class CostModel:
             with tempfile.NamedTemporaryFile("w", dir=self._file.parent, delete=False) as file:
                 json.dump(content, file)
             Path(file.name).replace(self._file)
+            _forget_old(self._file.parent)
         except OSError as error:
             logger.info("what loads cost is not remembered: %s", error)
+
+
+def _forget_old(directory: Path) -> None:
+    """Remove what belongs to stores that have not been used for long."""
+    oldest = time.time() - _KEPT_S
+    for path in directory.iterdir():
+        if path.stat().st_mtime < oldest:
+            path.unlink(missing_ok=True)
 
 
 def _sums(kept: object, name: str) -> list[float] | None:

@@ -89,7 +89,8 @@ class ConnectorSuite:
         directory.mkdir()
         return {
             "store": {"kind": "file", "directory": str(directory)},
-            "connector": dict(self.MODES[request.param]),
+            # A scripted model computes sooner than anything can be loaded.
+            "connector": {**self.MODES[request.param], "load_when": "always"},
         }
 
     def faulty(self, config: Mapping[str, Any], **faults: object) -> dict[str, Any]:
