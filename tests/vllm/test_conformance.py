@@ -46,7 +46,8 @@ class TestVllmWithoutItsOwnPrefixCache(ConnectorSuite):
 
 
 def test_a_reset_of_the_engines_cache_leaves_the_store(start: StartEngine, tmp_path: Path) -> None:
-    engine: Any = start({"store": {"kind": "file", "directory": str(tmp_path)}})
+    store = {"kind": "file", "directory": str(tmp_path)}
+    engine: Any = start({"store": store, "connector": {"load_when": "always"}})
     prompt = prompt_of(100)
     for id, hit in (("cold", 0), ("again", 0), ("reset", 96)):
         if id == "reset":
