@@ -16,7 +16,7 @@ Operation: TypeAlias = Literal["lookup", "transfer"]
 
 
 class Breaker:
-    """Decides whether the store is asked.
+    """Decides whether the store is asked; may be shared by threads.
 
     A timeout, or three failures of one kind in a row, opens it.  After ``retry_after_s`` one
     attempt is let through.  What opened it closes it: a lookup that ends does not say that loads
@@ -32,6 +32,7 @@ class Breaker:
         self._failures: dict[Operation, int] = {"lookup": 0, "transfer": 0}
         self._opened_at: float | None = None
         self._opened_by: Operation = "transfer"
+        self._lock = threading.Lock()
 
     @property
     def closed(self) -> bool:
@@ -44,30 +45,36 @@ class Breaker:
         An open breaker lets one attempt through per period, of a kind that can close it; a lookup
         that cannot takes nobody's turn.
         """
-        if self._opened_at is None:
+        with self._lock:
+            if self._opened_at is None:
+                return True
+            now = self._clock()
+            if now - self._opened_at < self._retry_after_s:
+                return False
+            if operation in {self._opened_by, "transfer"}:
+                self._opened_at = now
             return True
-        if self._clock() - self._opened_at < self._retry_after_s:
-            return False
-        if operation in {self._opened_by, "transfer"}:
-            self._opened_at = self._clock()
-        return True
 
     def succeeded(self, operation: Operation) -> None:
         """Note an attempt that worked."""
-        self._failures[operation] = 0
-        if operation in {self._opened_by, "transfer"}:
-            self._opened_at = None
+        with self._lock:
+            self._failures[operation] = 0
+            if operation in {self._opened_by, "transfer"}:
+                self._opened_at = None
 
     def failed(self, operation: Operation) -> None:
         """Note an attempt that failed in time."""
-        self._failures[operation] += 1
-        if self._failures[operation] >= _FAILURES_TO_OPEN:
+        with self._lock:
+            self._failures[operation] += 1
+            enough = self._failures[operation] >= _FAILURES_TO_OPEN
+        if enough:
             self.timed_out(operation)
 
     def timed_out(self, operation: Operation) -> None:
         """Note an attempt that did not end in time."""
-        self._opened_at = self._clock()
-        self._opened_by = operation
+        with self._lock:
+            self._opened_at = self._clock()
+            self._opened_by = operation
 
 
 class CallThread:

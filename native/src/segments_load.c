@@ -194,10 +194,11 @@ static int load_record(record_load *load, const uint8_t *id, uint32_t slot, curs
      * header of a block that is read in parts is small and wanted again: it may stay in the cache,
      * where the cache is to be believed.
      */
-    int whole = file->direct >= 0 && (file->distant || wants_all(&at));
+    int whole = file->direct >= 0 && wants_all(&at);
+    int past = whole || (file->direct >= 0 && file->distant);
     load->have = whole ? store->shape.slot_bytes : header_bytes;
     int status = file->map ? ucm_mapped_copy(found, file->map + load->at, header_bytes, NULL)
-                           : read_record(load, whole ? file->direct : file->file, 0,
+                           : read_record(load, past ? file->direct : file->file, 0,
                                          (uint8_t *)found, load->have);
     if (status)
         return status;

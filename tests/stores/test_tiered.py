@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from segment_files import SMALL
-from ucm_sdk.errors import ConfigError, StoreError
+from ucm_sdk.errors import (
+    BlockMissingError,
+    ConfigError,
+    Status,
+    StoreError,
+    TransferTimeoutError,
+)
 from ucm_sdk.store import StoreContext, open_store
 from ucm_sdk.stores.tiered import TieredStore
 from ucm_sdk.testing import StoreSuite
@@ -23,6 +29,7 @@ from ucm_sdk.testing.store_suite import (
     load,
     payloads_of,
 )
+from ucm_sdk.types import Batch
 
 
 def memory(path: Path, name: str = "fast", **options: Any) -> dict[str, Any]:
@@ -85,22 +92,19 @@ def test_a_load_takes_from_each_tier_what_it_has_and_promotes_the_rest(tmp_path:
         assert (load(store, ids) == payloads).all()
 
 
-def test_layer_by_layer_loads_promote_and_parts_do_not(tmp_path: Path) -> None:
+def test_loads_of_parts_bring_the_whole_blocks_later(tmp_path: Path) -> None:
     ids, payloads = ids_of(2), payloads_of(2)
     with opened(fast=memory(tmp_path), slow=file(tmp_path)) as store:
         dump(store, ids, payloads)
         store.fast.store.delete(ids)
         out = np.zeros_like(payloads)
-        part = batch_of(ids, out)
-        part.rows["length"] = 1
-        store.load(part, owners=out).wait(30)
-        assert not store.fast.store.lookup(ids).any()
         whole = batch_of(ids, out)
         for piece in range(len(LAYOUT.piece_bytes)):
             rows = whole.rows[piece :: len(LAYOUT.piece_bytes)]
             store.load(type(whole)(whole.ids, rows), owners=out).wait(30)
         assert (out == payloads).all()
-        assert store.fast.store.lookup(ids).all()
+        assert eventually(lambda: bool(store.fast.store.lookup(ids).all()))
+        store.slow.store.delete(ids)
         assert (load(store, ids) == payloads).all()
 
 
@@ -244,6 +248,122 @@ def test_a_transfer_that_hangs_in_the_slow_tier_is_given_up(tmp_path: Path) -> N
         assert not store.slow.breaker.closed
         assert (load(store, ids_of(3)) == payloads_of(3)).all()
         store.close(timeout_s=0.2)
+
+
+class Stuck:
+    """A transfer whose thread is stuck in the kernel: a cancellation does not end it."""
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+        self.cancelled = False
+
+    def done(self) -> bool:
+        return False
+
+    def wait(self, timeout_s: float | None) -> bool:
+        time.sleep(min(timeout_s or 0, 0.05))
+        return False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    def statuses(self) -> Any:
+        return np.full(self.blocks, Status.PENDING, np.int32)
+
+    def elapsed_s(self) -> float:
+        return 0.0
+
+
+def test_a_slow_tier_that_is_stuck_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(fast=memory(tmp_path), slow=file(tmp_path), slow_transfer_timeout_s=0.1) as store:
+        dump(store, ids_of(3), payloads_of(3))
+        store.fast.store.delete(ids_of(3))
+        stuck: list[Stuck] = []
+
+        def start(batch: Batch) -> Stuck:
+            stuck.append(Stuck(len(batch.ids)))
+            return stuck[-1]
+
+        monkeypatch.setattr(store.slow.store, "_load", start)
+        monkeypatch.setattr(store.slow.store, "_dump", start)
+        out = np.zeros_like(payloads_of(3))
+        with pytest.raises(TransferTimeoutError):
+            store.load(batch_of(ids_of(3), out), owners=out).wait(30)
+        assert not store.slow.breaker.closed
+        # The other tier goes on, and nothing more is sent to the stuck one.
+        for seed in range(1, 4):
+            dump(store, ids_of(3, seed), payloads_of(3, seed))
+            assert (load(store, ids_of(3, seed)) == payloads_of(3, seed)).all()
+        assert len(stuck) == 1
+        assert stuck[0].cancelled
+        store.close(timeout_s=0.2)
+
+
+def test_the_time_of_a_transfer_is_its_own_and_not_the_callers(tmp_path: Path) -> None:
+    with opened(fast=memory(tmp_path), slow=file(tmp_path), slow_transfer_timeout_s=0.1) as store:
+        dump(store, ids_of(3), payloads_of(3))
+        out = np.zeros_like(payloads_of(3))
+        task = store.load(batch_of(ids_of(3), out), owners=out)
+        time.sleep(0.3)
+        task.wait(30)
+        assert task.elapsed_s < 0.1
+        task = store.load(batch_of(ids_of(3, seed=8), out), owners=out)
+        time.sleep(0.3)
+        with pytest.raises(BlockMissingError):
+            task.wait(30)
+        assert store.slow.breaker.closed
+
+
+def test_an_outage_of_the_slow_tier_does_not_fill_the_fast_one(tmp_path: Path) -> None:
+    slow = {"kind": "faulty", "inner": file(tmp_path), "dump_failure_rate": 1.0}
+    small = memory(tmp_path, capacity_bytes=16 * LAYOUT.payload_bytes)
+    with opened(fast=small, slow=slow) as store:
+        for seed in range(12):
+            dump(store, ids_of(4, seed), payloads_of(4, seed))
+            assert (load(store, ids_of(4, seed)) == payloads_of(4, seed)).all()
+        assert store.mover.unwritten == 4
+        store.close(timeout_s=0.2)
+
+
+def test_a_store_that_is_closed_with_dumps_under_way_ends(tmp_path: Path) -> None:
+    for round in range(5):
+        fast, slow = tmp_path / f"fast{round}", tmp_path / f"slow{round}"
+        for directory in (fast, slow):
+            directory.mkdir()
+        store = opened(fast=file(fast), slow=file(slow), write="back")
+        payloads = payloads_of(100)
+        task = store.dump(batch_of(ids_of(100), payloads), owners=payloads)
+        store.close(timeout_s=0)
+        assert task.done()
+
+
+def test_failing_lookups_open_the_slow_tiers_breaker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(fast=memory(tmp_path), slow=file(tmp_path)) as store:
+
+        def fails(*_: object) -> int:
+            raise StoreError
+
+        monkeypatch.setattr(store.slow.store, "_lookup_prefix", fails)
+        for _ in range(3):
+            assert store.lookup_prefix(ids_of(2)) == 0
+        assert not store.slow.breaker.closed
+
+
+def test_prefetch_does_not_keep_blocks_from_being_written_back(tmp_path: Path) -> None:
+    staging = 2 * LAYOUT.payload_bytes
+    options = {"write": "back", "staging_bytes": staging}
+    with opened(fast=memory(tmp_path), slow=file(tmp_path), **options) as store:
+        for seed in range(1, 11):
+            dump(store.slow.store, ids_of(20, seed), payloads_of(20, seed))
+        store.prefetch([id for seed in range(1, 11) for id in ids_of(20, seed)])
+        dump(store, ids_of(4), payloads_of(4))
+        assert eventually(lambda: store.mover.unwritten == 0)
+        assert store.mover.queued > 0
+        assert store.slow.store.lookup(ids_of(4)).all()
 
 
 def test_a_block_in_no_tier_is_missing(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import json
 import logging
 import math
 import os
-import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -31,7 +31,9 @@ _FADE: Final = 0.9
 _PROBE_SHARE: Final = 0.1
 """A probe may cost this share of what computing the whole hit takes."""
 _PROBE_EVERY_S: Final = 30.0
+_PROBE_AT_LEAST_S: Final = 600.0
 _SAVE_EVERY_S: Final = 60.0
+_WRITE_S: Final = 1.0
 _KEPT_S: Final = 30 * 86400.0
 _SINGULAR: Final = 1e-6
 
@@ -136,16 +138,18 @@ class CostModel:
         load_s = self._load_s(hit_tokens + queued_tokens, least_s_per_token)
         if load_s is not None and load_s <= compute_s:
             return hit_tokens
-        if load_s is not None and self._clock() - self._probed_at < _PROBE_EVERY_S:
-            return 0
-        self._probed_at = self._clock()
         block = min(self._block_tokens, hit_tokens)
         block_s = self._load_s(block + queued_tokens, least_s_per_token)
         if block_s is None:
             return block
-        if block_s > compute_s:
+        # The more a block is expected to cost, the less often one is tried; but for ever is no time
+        # for which what was seen once is to be believed.
+        ratio = block_s / compute_s if compute_s > 0 else math.inf
+        pause_s = min(_PROBE_EVERY_S * max(1.0, ratio), _PROBE_AT_LEAST_S)
+        if self._clock() - self._probed_at < pause_s:
             return 0
-        blocks = int(_PROBE_SHARE * compute_s / block_s) if block_s > 0 else 1
+        self._probed_at = self._clock()
+        blocks = int(_PROBE_SHARE / ratio) if ratio > 0 else 1
         return min(hit_tokens, max(1, blocks) * block)
 
     def _load_s(self, tokens: int, least_s_per_token: float) -> float | None:
@@ -162,15 +166,27 @@ class CostModel:
         if not now and self._clock() - self._saved_at < _SAVE_EVERY_S:
             return
         self._saved_at, self._changed = self._clock(), False
-        content = {name: getattr(self, name).sums for name in ("compute", "load", "save")}
+        fits = {name: getattr(self, name).sums for name in ("compute", "load", "save")}
+        content = json.dumps(fits)
+        # Not in the engine's loop: a home directory may hang.
+        writing = threading.Thread(target=_write, args=(self._file, content), daemon=True)
+        writing.start()
+        if now:
+            writing.join(_WRITE_S)
+
+
+def _write(file: Path, content: str) -> None:
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self._file.parent, delete=False) as file:
-                json.dump(content, file)
-            Path(file.name).replace(self._file)
-            _forget_old(self._file.parent)
-        except OSError as error:
-            logger.info("what loads cost is not remembered: %s", error)
+            temporary.write_text(content)
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _forget_old(file.parent)
+    except OSError as error:
+        logger.info("what loads cost is not remembered: %s", error)
 
 
 def _forget_old(directory: Path) -> None:
@@ -190,9 +206,15 @@ def _sums(kept: object, name: str) -> list[float] | None:
     return [float(one) for one in sums] if good else None
 
 
-def cost_file(*parts: object) -> Path:
-    """Return the file of this host that remembers the costs of what ``parts`` describe."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+def cost_file(*parts: object) -> Path | None:
+    """Return the file of this host that remembers the costs of what ``parts`` describe.
+
+    None where the user has no home.
+    """
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return None
     described = json.dumps(parts, sort_keys=True, default=str)
     digest = hashlib.sha256(described.encode()).hexdigest()[:32]
     return Path(base) / "ucm-sdk" / "costs" / f"{digest}.json"

@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 _MATCH_WAIT_S: Final = 0.005
 """How long one call of ``match`` waits for a lookup: most end in a fraction of it."""
+_PATIENCE_S: Final = 1.0
+_PATIENCE_STEPS: Final = 3.0
+"""A transfer ends in the report of a later step: a younger one than this may long have ended."""
 _OUTDATED_S: Final = 1.0
 """A lookup is made again when it is older than this and than half its lease."""
 
@@ -111,6 +114,7 @@ class SchedulerSide:
         self._requests: dict[str, _Request] = {}
         self._waiting: dict[str, _Request] = {}
         """Requests that wait for memory and whose blocks may be brought nearer meanwhile."""
+        self._planned_at, self._step_s = time.monotonic(), 0.0
         self._prefetches = store.capabilities.prefetches
         self._loading: dict[str, _Loading] = {}
         self._next = _Planned()
@@ -192,6 +196,9 @@ class SchedulerSide:
 
     def plan_step(self, scheduled: Iterable[ScheduledRequest]) -> StepPlan:
         """Return what the workers do in this step."""
+        now = time.monotonic()
+        self._step_s = max(now - self._planned_at, self._step_s / 2)
+        self._planned_at = now
         planned, self._next = self._next, _Planned()
         saves: dict[SavePlan, _Save] = {}
         idle = True
@@ -248,6 +255,7 @@ class SchedulerSide:
         """Forget a request; its saves go on."""
         self._requests.pop(id, None)
         self._waiting.pop(id, None)
+        self._loading.pop(id, None)
 
     def close(self) -> None:
         """End the lookup thread and close the store."""
@@ -307,11 +315,13 @@ class SchedulerSide:
         if not hit or self._options.load_when == "always":
             return hit
         now = time.monotonic()
-        least = [(now - one.started) / one.tokens for one in self._loading.values()]
-        if not least:
-            # Saves tell something once they take longer than the steps in which they are reported.
-            ages = [(now - one.started, len(one.blocks)) for one in self._saving.values()]
-            least = [age / blocks / self._block_tokens for age, blocks in ages if age > 1.0]
+        # What has not been reported tells something once it takes longer than some steps.
+        patience_s = _PATIENCE_S + _PATIENCE_STEPS * self._step_s
+        ages = [(now - one.started, one.tokens) for one in self._loading.values()]
+        if not ages:
+            size = self._block_tokens
+            ages = [(now - one.started, len(one.blocks) * size) for one in self._saving.values()]
+        least = [(age - patience_s) / tokens for age, tokens in ages if age > patience_s]
         return self._costs.claim(
             hit,
             computed,

@@ -238,5 +238,9 @@ class MemoryStore(KVStoreBase):
             queued_blocks=0,
         )
 
+    def _after_fork(self) -> None:
+        # A thread of the parent may have held it, which does not exist here.
+        self._area.lock = threading.Lock()
+
     def _close(self, timeout_s: float) -> None:
         del timeout_s

@@ -90,13 +90,23 @@ class Mover:
             self._wake()
 
     def write_back(self, ids: BlockIds) -> None:
-        """Bring blocks to the slow tier."""
+        """Bring blocks to the slow tier, and keep them in the fast one until then.
+
+        More than may wait are only as safe as anything in the fast tier.
+        """
         now = time.monotonic()
-        self._fast.lease(ids, _LEASE_S)
         with self._changed:
-            for id in ids:
-                self._unwritten.setdefault(id.tobytes(), now)
+            if self._closing:
+                return
+            names = [id.tobytes() for id in ids]
+            new = [name for name in names if name not in self._unwritten]
+            taken = new[: max(0, self._most - len(self._unwritten))]
+            self._unwritten.update(dict.fromkeys(taken, now))
             self._wake()
+        if len(taken) < len(new):
+            left_out = np.full(len(new) - len(taken), Status.BUSY, np.int32)
+            self._slow.settle("write_back", left_out)
+        self._lease(taken)
 
     @contextlib.contextmanager
     def left_alone(self, ids: BlockIds) -> Iterator[None]:
@@ -143,7 +153,9 @@ class Mover:
                 ):
                     return
             try:
-                moved = self._prefetch_some() or self._write_some()
+                self._lease_anew()
+                moved = self._prefetch_some()
+                moved = self._write_some() or moved
             except Exception:
                 logger.exception("moving blocks between tiers failed")
                 moved = False
@@ -161,7 +173,6 @@ class Mover:
         return self._move(names, self._slow, self._fast, "prefetch") > 0
 
     def _write_some(self) -> bool:
-        self._lease()
         now = time.monotonic()
         with self._changed:
             names = list(self._unwritten)
@@ -189,18 +200,23 @@ class Mover:
         found = self._slow.lookup(_array(names)) if names else ()
         return {name for name, there in zip(names, found, strict=True) if there}
 
-    def _lease(self) -> None:
+    def _lease_anew(self) -> None:
         now = time.monotonic()
         if now - self._leased_at < _LEASE_S / 3:
             return
         self._leased_at = now
         with self._changed:
             names = list(self._unwritten)
-        if names:
-            ids = _array(names)
-            there = np.flatnonzero(self._fast.lookup(ids))
-            if len(there):
-                self._fast.lease(np.ascontiguousarray(ids[there]), _LEASE_S)
+        self._lease(names)
+
+    def _lease(self, names: list[bytes]) -> None:
+        """Keep those that are there from eviction; a block may lack other ranks' shards."""
+        if not names:
+            return
+        ids = _array(names)
+        there = np.flatnonzero(self._fast.lookup(ids))
+        if len(there):
+            self._fast.lease(np.ascontiguousarray(ids[there]), _LEASE_S)
 
     def _forget(self, names: list[bytes]) -> None:
         with self._changed:
@@ -235,6 +251,9 @@ class Mover:
         self, tier: Tier, operation: str, what: str, names: list[bytes], slots: NDArray[np.int64]
     ) -> NDArray[np.bool_]:
         """Read or write blocks in the staging memory's slots; returns which went well."""
+        self._stuck = [(one, memory) for one, memory in self._stuck if not one.done()]
+        if self._stuck:
+            return np.zeros(len(names), np.bool_)  # one such memory is enough
         if self._staging is None:
             self._staging = np.empty(self._shape, np.uint8)
         staging = self._staging
@@ -254,7 +273,6 @@ class Mover:
                 # The memory is not used again before the transfer has let go of it.
                 self._stuck.append((transfer, staging))
                 self._staging = None
-        self._stuck = [(one, memory) for one, memory in self._stuck if not one.done()]
         statuses = transfer.statuses()
         given_up = (statuses == Status.PENDING) | (statuses == Status.CANCELLED)
         statuses[given_up] = Status.TIMEOUT

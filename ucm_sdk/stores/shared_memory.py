@@ -33,7 +33,7 @@ class SharedMemoryOptions(Strict):
     """Stores of one user with the same area share their blocks."""
     segment_bytes: int = pydantic.Field(default=256 << 20, ge=1 << 16)
     """Most bytes of a segment, at most an eighth of the capacity."""
-    io_threads: int = pydantic.Field(default_factory=default_threads, ge=1, le=256)
+    io_threads: int = pydantic.Field(default_factory=default_threads, ge=1, le=128)
     """Threads that copy blocks."""
     queue_blocks: int = pydantic.Field(default=65536, ge=1)
     """Most blocks that wait for a thread; more are refused."""

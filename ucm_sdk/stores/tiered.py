@@ -36,7 +36,8 @@ class TieredOptions(Strict):
     write: Literal["through", "back"] = "through"
     """``through``: a dump is done when both tiers have it; ``back``: when the fast one has it."""
     promote: bool = True
-    """Whether blocks that were loaded from the slow tier are put into the fast one."""
+    """Whether blocks that were loaded from the slow tier are put into the fast one: with the load
+    where it was of whole blocks, after it where it was of parts."""
     staging_bytes: int = pydantic.Field(default=64 << 20, gt=0)
     """Memory through which prefetched and written-back blocks pass; at least one block's."""
     queue_blocks: int = pydantic.Field(default=4096, ge=1)
@@ -120,7 +121,8 @@ class TieredStore(KVStoreBase):
         count = len(ids)
         if len(missing):
             wanted = np.ascontiguousarray(ids[missing])
-            answer = self._ask_slow(lambda: self.slow.lease(wanted, lease_s))
+            slow = self.slow.store
+            answer = self._ask_slow(lambda: slow._lookup_prefix(wanted, lease_s))  # noqa: SLF001
             slow_count = int(answer or 0)
             count = int(missing[slow_count]) if slow_count < len(missing) else len(ids)
         mine = np.flatnonzero(found[:count])
@@ -157,12 +159,17 @@ class TieredStore(KVStoreBase):
     # Transfers.
 
     def _load(self, batch: Batch) -> Transfer:
+        whole = batch.size_bytes == len(batch.ids) * self.context.layout.payload_bytes
+        promote = self._options.promote
+        if promote and not whole:
+            # A fast tier that got blocks layer by layer would hold too many open.
+            self.mover.prefetch(batch.ids)
         return TieredLoad(
             self.fast,
             self.slow,
             batch,
             slow_timeout_s=self._options.slow_transfer_timeout_s,
-            promote=self._options.promote and self._whole_pieces(batch),
+            promote=promote and whole and self._whole_pieces(batch),
         )
 
     def _dump(self, batch: Batch) -> Transfer:

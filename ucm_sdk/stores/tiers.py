@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 STORE_ERRORS: Final = [Status.IO, Status.ACCESS, Status.MEMORY, Status.CLOSED]
 """What says that the store is not there; a block that is missing or corrupt does not."""
-_STEP_S: Final = 1.0
+_STEP_S: Final = 0.25
 
 
 class Tier:
@@ -45,6 +45,11 @@ class Tier:
         self.store = store
         self.breaker = breaker
         self.recorder = recorder
+        self._kept: list[Transfer] = []
+
+    def keep(self, transfer: Transfer) -> None:
+        """Hold a cancelled transfer that nobody waits for until it has ended."""
+        self._kept = [*(one for one in self._kept if not one.done()), transfer]
 
     # The store's hooks, not its methods: a call is counted once, by the outermost store.
 
@@ -113,7 +118,10 @@ class _Part:
     operation: str
     indices: Indices
     transfer: Transfer
+    started: float
     deadline: float
+    given_up: bool = False
+    """It was too late; its end is waited for where the caller's memory is still read."""
 
 
 class TieredTransfer:
@@ -129,8 +137,7 @@ class TieredTransfer:
         self._parts: list[_Part] = []
         self._statuses = np.full(len(batch.ids), Status.PENDING, np.int32)
         self._cancelled = False
-        self._started = time.monotonic()
-        self._elapsed_s = 0.0
+        self._started = self._ended_at = time.monotonic()
 
     def _ended(self, part: _Part, statuses: NDArray[np.int32]) -> None:
         """Take the result of a part and start what follows from it."""
@@ -144,9 +151,9 @@ class TieredTransfer:
             transfer = tier.start(moves, select(self._batch, indices))
         if transfer is None:
             return False
-        limit_s = self._slow_timeout_s if tier is self._slow else float("inf")
-        deadline = time.monotonic() + limit_s
-        self._parts.append(_Part(tier, operation, indices, transfer, deadline))
+        now = time.monotonic()
+        deadline = now + (self._slow_timeout_s if tier is self._slow else float("inf"))
+        self._parts.append(_Part(tier, operation, indices, transfer, now, deadline))
         return True
 
     def _settle(self, indices: Indices, statuses: NDArray[np.int32] | Status) -> None:
@@ -158,37 +165,49 @@ class TieredTransfer:
     def done(self) -> bool:
         """Whether every part has ended; moves the transfer on."""
         with self._lock:
-            moved = True
-            while moved:
-                moved = False
-                for part in list(self._parts):
-                    late = time.monotonic() > part.deadline
-                    if late:
-                        part.transfer.cancel()
-                    if part.transfer.done():
-                        self._parts.remove(part)
-                        statuses = part.transfer.statuses()
-                        if late:
-                            statuses = np.where(statuses == Status.OK, statuses, Status.TIMEOUT)
-                        part.tier.settle(part.operation, statuses)
-                        self._ended(part, statuses)
-                        moved = True
-            if not self._parts and not self._elapsed_s:
-                self._elapsed_s = time.monotonic() - self._started
+            while any(self._moved_on(part) for part in list(self._parts)):
+                pass
             return not self._parts
+
+    def _moved_on(self, part: _Part) -> bool:
+        """Whether a part has ended, or is given up, since it was last asked."""
+        if part.transfer.done():
+            self._parts.remove(part)
+            self._ended_at = max(self._ended_at, part.started + part.transfer.elapsed_s())
+            if not part.given_up:
+                statuses = part.transfer.statuses()
+                part.tier.settle(part.operation, statuses)
+                self._ended(part, statuses)
+            return True
+        if part.given_up or time.monotonic() <= part.deadline:
+            return False
+        part.given_up = True
+        part.transfer.cancel()
+        self._ended_at = max(self._ended_at, part.deadline)
+        if part.operation == "load":
+            # After a cancellation nothing is written to the caller's memory any more.
+            self._parts.remove(part)
+            part.tier.keep(part.transfer)
+        statuses = part.transfer.statuses()
+        statuses = np.where(statuses == Status.OK, statuses, np.int32(Status.TIMEOUT))
+        part.tier.settle(part.operation, statuses)
+        self._ended(part, statuses)
+        return True
 
     def wait(self, timeout_s: float | None) -> bool:
         """Wait until every part has ended or the time is over; returns whether all have."""
-        limit = None if timeout_s is None else time.monotonic() + timeout_s
+        limit = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         while not self.done():
             with self._lock:
                 part = self._parts[0] if self._parts else None
             now = time.monotonic()
-            if limit is not None and now >= limit:
+            if now >= limit:
                 return False
             if part is not None:
                 # In steps: another part may be the one that is late.
-                until = min(part.deadline + 0.001, limit or part.deadline, now + _STEP_S)
+                until = min(limit, now + _STEP_S)
+                if not part.given_up:
+                    until = min(until, part.deadline + 0.001)
                 part.transfer.wait(max(0.0, until - now))
         return True
 
@@ -206,7 +225,7 @@ class TieredTransfer:
 
     def elapsed_s(self) -> float:
         """Return the seconds it took."""
-        return self._elapsed_s
+        return 0.0 if self._parts else self._ended_at - self._started
 
 
 class TieredLoad(TieredTransfer):
