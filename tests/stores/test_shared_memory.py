@@ -64,7 +64,7 @@ WRITER = """
 import os, sys
 from ucm_sdk.store import StoreContext, open_store
 from ucm_sdk.testing.store_suite import LAYOUT, NAMESPACE, dump, ids_of, payloads_of
-options = {"kind": "shared_memory", "area": sys.argv[1], "capacity_bytes": 64 << 20}
+options = {"kind": "shared_memory", "area": sys.argv[1], "capacity_bytes": 64 << 20, "io_threads": 1}
 dump(open_store(options, StoreContext(NAMESPACE, LAYOUT)), ids_of(5), payloads_of(5))
 os.kill(os.getpid(), 9)
 """
@@ -72,7 +72,8 @@ os.kill(os.getpid(), 9)
 
 def test_blocks_outlive_a_killed_owner_and_its_space_is_used_again(area: str) -> None:
     subprocess.run([sys.executable, "-c", WRITER, area], check=False)
-    with opened(area) as store:
+    # A second thread would want a segment of its own.
+    with opened(area, io_threads=1) as store:
         before = store.stats().stored_bytes
         assert (load(store, ids_of(5)) == payloads_of(5)).all()
         dump(store, ids_of(2, seed=1), payloads_of(2, seed=1))
