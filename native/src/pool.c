@@ -63,6 +63,7 @@ static void allow_all_processors(void)
 
 static void *thread_main(void *argument)
 {
+    pthread_setname_np(pthread_self(), "ucm-io"); /* what an operator sees in top */
     thread_start start = *(thread_start *)argument;
     free(argument);
     ucm_pool *pool = start.pool;

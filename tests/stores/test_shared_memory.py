@@ -64,7 +64,8 @@ WRITER = """
 import os, sys
 from ucm_sdk.store import StoreContext, open_store
 from ucm_sdk.testing.store_suite import LAYOUT, NAMESPACE, dump, ids_of, payloads_of
-options = {"kind": "shared_memory", "area": sys.argv[1], "capacity_bytes": 64 << 20, "io_threads": 1}
+options = {"kind": "shared_memory", "area": sys.argv[1], "capacity_bytes": 64 << 20}
+options["io_threads"] = 1
 dump(open_store(options, StoreContext(NAMESPACE, LAYOUT)), ids_of(5), payloads_of(5))
 os.kill(os.getpid(), 9)
 """
