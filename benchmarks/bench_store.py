@@ -53,8 +53,16 @@ from ucm_sdk.layout import KVLayout
 OUTPUT = Path("build/bench-store.json")
 GB = 1e9
 SETTLING_ROUNDS = 12
+SINGLE_BLOCKS = 20
 # UCM does not install here.  What it reached of this machine's limits elsewhere, (dump, load).
 UCM_SHARES = {16: (0.65, 0.74), 128: (0.97, 0.95)}
+COLUMNS = (
+    ("cpu_s_per_gb", 9),
+    ("ratio_to_limit", 10),
+    ("ratio_to_best_peer", 14),
+    ("block_p50_ms", 16),
+    ("block_p99_ms", 9),
+)
 LIMITS = ("memcpy", "bare mapped segment", "bare segment", "bare file per block")
 
 
@@ -84,6 +92,8 @@ class Result:
     op: str
     gb_per_s: list[float] = field(default_factory=list)
     cpu_s_per_gb: list[float] = field(default_factory=list)
+    block_ms: list[float] = field(default_factory=list)
+    """Loads of one block after the other, each by itself."""
 
     def add(self, seconds: float, cpu_s: float, size: float) -> None:
         """Add a round."""
@@ -174,6 +184,12 @@ def measure(shape: Shape, block_tokens: int, directory: Path, rounds: int) -> li
                     if index >= 0:
                         result.add(seconds, cpu_s() - cpu, size)
                 assert (target[:, ::61] == source[:, ::61]).all(), system.name
+                if index >= 0:
+                    times = results[(system.name, system.tier, "load")].block_ms
+                    for block in range(min(blocks, SINGLE_BLOCKS)):
+                        started = time.perf_counter()
+                        system.load(ids[block : block + 1], target[block : block + 1])
+                        times.append(1000 * (time.perf_counter() - started))
                 target[:] = 0
                 system.forget(ids)
                 if index == 0 and system.name == "ucm":
@@ -252,6 +268,8 @@ def rows_of(shape: Shape, block_tokens: int, results: list[Result]) -> list[dict
                 "gb_per_s": result.median,
                 "spread": [min(result.gb_per_s), max(result.gb_per_s)],
                 "cpu_s_per_gb": cpu,
+                "block_p50_ms": percentile(result.block_ms, 50),
+                "block_p99_ms": percentile(result.block_ms, 99),
                 "ratio_to_limit": result.median / bound if bound else None,
                 "ratio_to_best_peer": result.median / peer if peer else None,
             }
@@ -259,17 +277,22 @@ def rows_of(shape: Shape, block_tokens: int, results: list[Result]) -> list[dict
     return rows
 
 
+def percentile(values: list[float], share: int) -> float | None:
+    """Return a percentile, None of nothing."""
+    return float(np.percentile(values, share)) if values else None
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     """Print a table."""
     print(
         f"  {'system':<28}{'tier':<12}{'op':<16}{'GB/s':>7}  {'spread':<13}{'CPU s/GB':>9}", end=""
     )
-    print(f"{'of limit':>10}{'of best peer':>14}")
+    print(f"{'of limit':>10}{'of best peer':>14}{'one block, p50':>16}{'p99 ms':>9}")
     for row in sorted(rows, key=lambda row: (row["tier"], row["op"], -row["gb_per_s"])):
         spread = "{:.1f}-{:.1f}".format(*row["spread"])
         print(f"  {row['system']:<28}{row['tier']:<12}{row['op']:<16}", end="")
         print(f"{row['gb_per_s']:>7.2f}  {spread:<13}", end="")
-        for key, width in (("cpu_s_per_gb", 9), ("ratio_to_limit", 10), ("ratio_to_best_peer", 14)):
+        for key, width in COLUMNS:
             text = "-" if row[key] is None else f"{row[key]:.3f}"
             print(f"{text:>{width}}", end="")
         print()

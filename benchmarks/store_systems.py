@@ -170,20 +170,21 @@ class Memcpy(Threaded):
         shares = np.array_split(np.arange(len(to)), THREADS)
 
         def copy(number: int) -> None:
-            share = slice(shares[number][0], shares[number][-1] + 1)
-            np.copyto(to[share], source[share])
+            if len(shares[number]):
+                share = slice(shares[number][0], shares[number][-1] + 1)
+                np.copyto(to[share], source[share])
 
         list(self._pool.map(copy, range(THREADS)))
 
     def dump(self, ids: BlockIds, memory: Memory) -> None:
         """Copy there."""
         del ids
-        self._copy(self._kept, memory)
+        self._copy(self._kept[: len(memory)], memory)
 
     def load(self, ids: BlockIds, memory: Memory) -> None:
         """Copy back."""
         del ids
-        self._copy(memory, self._kept)
+        self._copy(memory, self._kept[: len(memory)])
 
 
 class BareMapped(Threaded):

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,9 +14,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("UCM_CACHE_DIR") or Path.home() / ".cache" / "ucm-sdk")
 
+# What engines outside of the tests have learnt of this machine stays out.
+LEARNT = tempfile.mkdtemp(prefix="ucm-test-cache-")
+atexit.register(shutil.rmtree, LEARNT, ignore_errors=True)
 os.environ.update(
-    # What engines outside of the tests have learnt of this machine stays out.
-    XDG_CACHE_HOME=tempfile.mkdtemp(prefix="ucm-test-cache-"),
+    XDG_CACHE_HOME=LEARNT,
     HF_HUB_OFFLINE="1",
     VLLM_NO_USAGE_STATS="1",
     VLLM_CPU_KVCACHE_SPACE="1",
