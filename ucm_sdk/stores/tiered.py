@@ -205,10 +205,12 @@ class TieredStore(KVStoreBase):
         )
 
     def _stats(self) -> StoreStats:
+        # Asked first: what arrives in the slow tier afterwards is in its count.
+        unwritten = self.mover.unwritten
         fast, slow = self.fast.store.stats(), self.slow.store.stats()
         stored = [one.stored_bytes for one in (fast, slow) if one.stored_bytes is not None]
         return StoreStats(
-            blocks=None if self.mover.unwritten else slow.blocks,
+            blocks=None if unwritten else slow.blocks,
             stored_bytes=sum(stored) if len(stored) == 2 else None,  # noqa: PLR2004 - both
             capacity_bytes=slow.capacity_bytes,
             queued_blocks=fast.queued_blocks + slow.queued_blocks + self.mover.queued,
