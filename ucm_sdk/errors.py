@@ -54,6 +54,10 @@ class Status(enum.IntEnum):
         return self.name.lower()
 
 
+STORE_ERRORS: Final = [Status.IO, Status.ACCESS, Status.MEMORY, Status.CLOSED]
+"""What says that a store is not there; a block that is missing or corrupt does not."""
+
+
 class UcmError(Exception):
     """Base of all errors of the SDK."""
 

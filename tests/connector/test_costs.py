@@ -156,10 +156,14 @@ def test_a_dear_probe_is_made_less_often() -> None:
 def test_what_was_seen_once_is_not_believed_for_ever() -> None:
     clock = Clock()
     model = learnt(clock)
-    model.loaded(16, 3.0)
-    model.loaded(1024, 300.0)
+    # At one probe each 30 s times what it costs relative to computing, that would be in 5 hours.
+    model.loaded(16, 3000.0)
+    started = clock.now
+    while model.claim(1600, 0) == 0:
+        clock.now += 31
+    assert clock.now - started < 700
     claims = []
-    for _ in range(200):
+    for _ in range(2000):
         clock.now += 31
         claims.append(model.claim(1600, 0))
         if claims[-1]:

@@ -31,7 +31,7 @@ _FADE: Final = 0.9
 _PROBE_SHARE: Final = 0.1
 """A probe may cost this share of what computing the whole hit takes."""
 _PROBE_EVERY_S: Final = 30.0
-_PROBE_AT_LEAST_S: Final = 600.0
+_PROBE_PAUSE_MOST_S: Final = 600.0
 _SAVE_EVERY_S: Final = 60.0
 _WRITE_S: Final = 1.0
 _KEPT_S: Final = 30 * 86400.0
@@ -145,7 +145,7 @@ class CostModel:
         # The more a block is expected to cost, the less often one is tried; but for ever is no time
         # for which what was seen once is to be believed.
         ratio = block_s / compute_s if compute_s > 0 else math.inf
-        pause_s = min(_PROBE_EVERY_S * max(1.0, ratio), _PROBE_AT_LEAST_S)
+        pause_s = min(_PROBE_EVERY_S * max(1.0, ratio), _PROBE_PAUSE_MOST_S)
         if self._clock() - self._probed_at < pause_s:
             return 0
         self._probed_at = self._clock()

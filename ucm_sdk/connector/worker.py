@@ -20,7 +20,7 @@ import numpy as np
 
 from ucm_sdk import telemetry
 from ucm_sdk.connector.plans import LoadPlan, Observed, SavePlan, StepPlan, StepResult
-from ucm_sdk.errors import ArgumentError, Status, UcmError
+from ucm_sdk.errors import STORE_ERRORS, ArgumentError, Status, UcmError
 from ucm_sdk.types import Batch
 
 if TYPE_CHECKING:
@@ -37,8 +37,6 @@ _IDLE_WAIT_S: Final = 0.001
 _MANY_TOKENS: Final = 32
 """A step that computes fewer says nothing about what computing a prompt costs."""
 _LOG_EVERY_S: Final = 60.0
-_STORE_ERRORS: Final = [Status.IO, Status.ACCESS, Status.MEMORY, Status.CLOSED]
-"""What says that the store is not there; a block that is missing or corrupt does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +268,7 @@ class WorkerSide:
             return
         self._result.failed_blocks.update(plan.blocks[index] for index in failed)
         report.failed_requests[plan.request] = len(plan.blocks) - failed[0]
-        report.store_errors += int(np.isin(statuses, _STORE_ERRORS).any())
+        report.store_errors += int(np.isin(statuses, STORE_ERRORS).any())
 
     # Saves.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from ucm_sdk import telemetry
-from ucm_sdk.errors import Status, UcmError
+from ucm_sdk.errors import STORE_ERRORS, Status, UcmError
 from ucm_sdk.types import Batch
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     Indices = NDArray[np.int64]
 
-STORE_ERRORS: Final = [Status.IO, Status.ACCESS, Status.MEMORY, Status.CLOSED]
-"""What says that the store is not there; a block that is missing or corrupt does not."""
 _STEP_S: Final = 0.25
 
 
