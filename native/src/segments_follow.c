@@ -249,11 +249,12 @@ void ucm_segments_retire(ucm_segments *store, segment *from, uint32_t slot, cons
 
 static uint64_t directory_time(const ucm_segments *store)
 {
-    struct stat information;
-    if (fstat(store->directory, &information))
+    /* A network mount answers from what it has cached, for half a minute on NFS, unless told to
+     * ask. */
+    struct statx information;
+    if (statx(store->directory, "", AT_EMPTY_PATH | AT_STATX_FORCE_SYNC, STATX_MTIME, &information))
         return 0;
-    return (uint64_t)information.st_mtim.tv_sec * 1000000000u +
-           (uint64_t)information.st_mtim.tv_nsec;
+    return (uint64_t)information.stx_mtime.tv_sec * 1000000000u + information.stx_mtime.tv_nsec;
 }
 
 static void open_found(ucm_segments *store, const char *name)

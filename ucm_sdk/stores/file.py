@@ -305,7 +305,16 @@ def _describe(path: Path, content: dict[str, Any]) -> None:
         return
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
         json.dump(content, file, indent=1, sort_keys=True)
-    Path(file.name).replace(path)
+    temporary = Path(file.name)
+    try:
+        # The first to come stays: on NFS whoever had opened it would lose a file that is replaced.
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        temporary.replace(path)
+        return
+    temporary.unlink()
 
 
 def _remove_orphans(directory: Path) -> None:
