@@ -2,4 +2,5 @@
 #include "ucm/segments.h"
 #include "ucm/crc32c.h"
 #include "ucm/pool.h"
+#include "ucm/score.h"
 #include "ucm/status.h"

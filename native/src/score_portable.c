@@ -1,0 +1,62 @@
+/* SPDX-License-Identifier: MIT */
+/* Vectors of four floats, which SSE2 and NEON have and other compilers' targets imitate. */
+#include "score_half.h"
+#include "score_variants.h"
+
+#define LANES 4
+#define NAME ucm_score_portable
+#if defined(__aarch64__)
+#define INSTRUCTION_SET "neon"
+#else
+#define INSTRUCTION_SET "portable"
+#endif
+
+typedef float lanes __attribute__((vector_size(16)));
+typedef int32_t whole_lanes __attribute__((vector_size(16)));
+
+static inline lanes lookup16(const float *table, whole_lanes index)
+{
+    return (lanes){table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
+}
+
+static inline lanes load_float16(const uint8_t *at)
+{
+    uint16_t half[4];
+    memcpy(half, at, sizeof half);
+    return (lanes){float_of_half(half[0]), float_of_half(half[1]), float_of_half(half[2]),
+                   float_of_half(half[3])};
+}
+
+static inline lanes load_bfloat16(const uint8_t *at)
+{
+    uint16_t half[4];
+    memcpy(half, at, sizeof half);
+    whole_lanes bits = {half[0] << 16, half[1] << 16, half[2] << 16, half[3] << 16};
+    return (lanes)bits;
+}
+
+static inline whole_lanes widen(const uint8_t *at)
+{
+    return (whole_lanes){at[0], at[1], at[2], at[3]};
+}
+
+static inline lanes most_of(lanes a, lanes b)
+{
+    whole_lanes mask = a > b;
+    return (lanes)(((whole_lanes)a & mask) | ((whole_lanes)b & ~mask));
+}
+
+static inline float sum_of(lanes values)
+{
+    return (values[0] + values[1]) + (values[2] + values[3]);
+}
+
+typedef uint64_t word_lanes __attribute__((vector_size(16)));
+
+static inline word_lanes bits_of(word_lanes words)
+{
+    return (word_lanes){(uint64_t)__builtin_popcountll(words[0]),
+                        (uint64_t)__builtin_popcountll(words[1])};
+}
+
+#include "score_template.h"

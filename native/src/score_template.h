@@ -1,0 +1,300 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The kernels, for vectors of LANES floats; included once by the file of each instruction set,
+ * which defines LANES, NAME, INSTRUCTION_SET and, for its vectors: load_float16(), load_bfloat16(),
+ * widen() of LANES bytes, lookup16() in a table of 16, most_of() two, sum_of() all lanes, and for
+ * vectors of 64-bit words bits_of(), the number of bits set in each.
+ */
+#include <math.h>
+#include <string.h>
+
+typedef float vector __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t whole __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint64_t words __attribute__((vector_size(LANES * 4), aligned(1), may_alias));
+
+enum { MOST_GROUP = 4 }; /* query heads that share one pass over a summary */
+
+static inline vector splat(float value)
+{
+    return value - (vector){0};
+}
+
+/* e^x for x <= 0, to about 2e-7: 2^n times a polynomial of the rest (Taylor, |rest| <= 1/2). */
+static inline vector exp_of(vector x)
+{
+    const vector magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to a whole number */
+    vector power = most_of(x, splat(-87.0f)) * 1.44269504f;
+    vector shifted = power + magic;
+    vector rest = (power - (shifted - magic)) * 0.693147181f;
+    vector result = splat(1.0f / 720);
+    result = result * rest + 1.0f / 120;
+    result = result * rest + 1.0f / 24;
+    result = result * rest + 1.0f / 6;
+    result = result * rest + 0.5f;
+    result = result * rest + 1.0f;
+    result = result * rest + 1.0f;
+    whole exponent = ((whole)shifted - (whole)magic + 127) << 23;
+    return result * (vector)exponent;
+}
+
+/* `values` has room for whole vectors; what lies beyond `count` is overwritten. */
+static float logsumexp(float *values, uint32_t count)
+{
+    for (uint32_t i = count; i % LANES; i++)
+        values[i] = -INFINITY;
+    vector most = splat(-INFINITY);
+    for (uint32_t i = 0; i < count; i += LANES)
+        most = most_of(*(vector *)(values + i), most);
+    float peak = most[0];
+    for (int i = 1; i < LANES; i++)
+        peak = most[i] > peak ? most[i] : peak;
+    vector sum = {0};
+    for (uint32_t i = 0; i < count; i += LANES)
+        sum += exp_of(*(vector *)(values + i) - peak);
+    return peak + logf(sum_of(sum));
+}
+
+static inline vector load(const uint8_t *at, int dtype)
+{
+    if (dtype == UCM_FLOAT32)
+        return *(const vector *)at;
+    return dtype == UCM_FLOAT16 ? load_float16(at) : load_bfloat16(at);
+}
+
+static inline float load_one(const uint8_t *at, int dtype)
+{
+    float value;
+    if (dtype == UCM_FLOAT32) {
+        memcpy(&value, at, sizeof value);
+        return value;
+    }
+    uint16_t half;
+    memcpy(&half, at, sizeof half);
+    if (dtype == UCM_FLOAT16)
+        return float_of_half(half);
+    uint32_t bits = (uint32_t)half << 16;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* The products of one vector of keys with some query heads. */
+static inline __attribute__((always_inline)) void products(
+    const uint8_t *key, uint32_t size, int dtype, size_t item, const float *queries,
+    uint32_t heads, float *results)
+{
+    vector sums[MOST_GROUP] = {{0}};
+    uint32_t i = 0;
+    for (; i + LANES <= size; i += LANES) {
+        vector values = load(key + i * item, dtype);
+        for (uint32_t head = 0; head < heads; head++)
+            sums[head] += values * *(const vector *)(queries + head * size + i);
+    }
+    for (uint32_t head = 0; head < heads; head++)
+        results[head] = sum_of(sums[head]);
+    for (; i < size; i++)
+        for (uint32_t head = 0; head < heads; head++)
+            results[head] += load_one(key + i * item, dtype) * queries[head * size + i];
+}
+
+static inline __attribute__((always_inline)) void bounds(
+    const uint8_t *low, const uint8_t *high, uint32_t size, int dtype, size_t item,
+    const float *queries, uint32_t heads, float *results)
+{
+    vector sums[MOST_GROUP] = {{0}};
+    uint32_t i = 0;
+    for (; i + LANES <= size; i += LANES) {
+        vector below = load(low + i * item, dtype), above = load(high + i * item, dtype);
+        for (uint32_t head = 0; head < heads; head++) {
+            vector query = *(const vector *)(queries + head * size + i);
+            sums[head] += most_of(query * below, query * above);
+        }
+    }
+    for (uint32_t head = 0; head < heads; head++)
+        results[head] = sum_of(sums[head]);
+    for (; i < size; i++)
+        for (uint32_t head = 0; head < heads; head++) {
+            float query = queries[head * size + i];
+            float a = query * load_one(low + i * item, dtype);
+            float b = query * load_one(high + i * item, dtype);
+            results[head] += a > b ? a : b;
+        }
+}
+
+/* Runs its body for each query and block, and up to MOST_GROUP query heads of each KV head: `row` is
+ * the first of these among all [Q][H][g], `of` the block's part for the KV head among all [n][H].
+ * Blocks are read in the order in which they lie. */
+#define FOR_EACH_GROUP(...)                                                                        \
+    for (uint32_t query = 0; query < shape->queries; query++)                                      \
+        for (uint32_t block = shape->first; block < shape->first + shape->count; block++)          \
+            for (uint32_t kv = 0; kv < shape->heads; kv++)                                         \
+                for (uint32_t member = 0; member < shape->group; member += MOST_GROUP) {           \
+                    uint32_t heads = shape->group - member;                                        \
+                    heads = heads < MOST_GROUP ? heads : MOST_GROUP;                               \
+                    size_t row = ((size_t)query * shape->heads + kv) * shape->group + member;      \
+                    size_t of = (size_t)block * shape->heads + kv;                                 \
+                    float results[MOST_GROUP];                                                     \
+                    __VA_ARGS__ for (uint32_t head = 0; head < heads; head++)                      \
+                        scores[(row + head) * shape->blocks + block] = results[head];              \
+                }
+
+static inline __attribute__((always_inline)) void linear_of(
+    const ucm_score_shape *shape, uint32_t size, int dtype, size_t item, const float *queries,
+    const uint8_t *centres, float *scores)
+{
+    FOR_EACH_GROUP(products(centres + of * size * item, size, dtype, item, queries + row * size,
+                            heads, results);)
+}
+
+static void linear(const ucm_score_shape *shape, uint32_t size, int dtype, const float *queries,
+                   const void *centres, float *scores)
+{
+    if (dtype == UCM_FLOAT32)
+        linear_of(shape, size, UCM_FLOAT32, 4, queries, centres, scores);
+    else if (dtype == UCM_FLOAT16)
+        linear_of(shape, size, UCM_FLOAT16, 2, queries, centres, scores);
+    else
+        linear_of(shape, size, UCM_BFLOAT16, 2, queries, centres, scores);
+}
+
+static inline __attribute__((always_inline)) void box_of(
+    const ucm_score_shape *shape, uint32_t size, int dtype, size_t item, const float *queries,
+    const uint8_t *low, const uint8_t *high, float *scores)
+{
+    FOR_EACH_GROUP(bounds(low + of * size * item, high + of * size * item, size, dtype, item,
+                          queries + row * size, heads, results);)
+}
+
+static void box(const ucm_score_shape *shape, uint32_t size, int dtype, const float *queries,
+                const void *low, const void *high, float *scores)
+{
+    if (dtype == UCM_FLOAT32)
+        box_of(shape, size, UCM_FLOAT32, 4, queries, low, high, scores);
+    else if (dtype == UCM_FLOAT16)
+        box_of(shape, size, UCM_FLOAT16, 2, queries, low, high, scores);
+    else
+        box_of(shape, size, UCM_BFLOAT16, 2, queries, low, high, scores);
+}
+
+static inline __attribute__((always_inline)) void units_of(
+    const ucm_score_shape *shape, uint32_t units, uint32_t size, int dtype, size_t item,
+    const float *queries, const uint8_t *keys, float *scores)
+{
+    float sums[MOST_GROUP][UCM_SCORE_MOST_TOKENS + LANES];
+    FOR_EACH_GROUP(
+        const uint8_t *mine = keys + of * units * size * item;
+        const float *wanted = queries + row * size;
+        uint32_t unit = 0;
+        for (; unit + LANES <= units; unit += LANES) {
+            vector total[MOST_GROUP] = {{0}};
+            for (uint32_t i = 0; i < size; i++) {
+                vector values = load(mine + ((size_t)i * units + unit) * item, dtype);
+                for (uint32_t head = 0; head < heads; head++)
+                    total[head] += values * wanted[head * size + i];
+            }
+            for (uint32_t head = 0; head < heads; head++)
+                *(vector *)(sums[head] + unit) = total[head];
+        }
+        for (; unit < units; unit++)
+            for (uint32_t head = 0; head < heads; head++) {
+                float total = 0;
+                for (uint32_t i = 0; i < size; i++)
+                    total += load_one(mine + ((size_t)i * units + unit) * item, dtype) *
+                             wanted[head * size + i];
+                sums[head][unit] = total;
+            }
+        for (uint32_t head = 0; head < heads; head++)
+            results[head] = logsumexp(sums[head], units);)
+}
+
+static void units_scores(const ucm_score_shape *shape, uint32_t units, uint32_t size, int dtype,
+                         const float *queries, const void *keys, float *scores)
+{
+    if (dtype == UCM_FLOAT32)
+        units_of(shape, units, size, UCM_FLOAT32, 4, queries, keys, scores);
+    else if (dtype == UCM_FLOAT16)
+        units_of(shape, units, size, UCM_FLOAT16, 2, queries, keys, scores);
+    else
+        units_of(shape, units, size, UCM_BFLOAT16, 2, queries, keys, scores);
+}
+
+static void hash(const ucm_score_shape *shape, uint32_t tokens, uint32_t bytes,
+                 const uint8_t *query_codes, const uint8_t *codes, float *scores)
+{
+    const uint32_t planes = bytes / 8;
+    FOR_EACH_GROUP(
+        const uint8_t *mine = codes + of * tokens * bytes;
+        for (uint32_t head = 0; head < heads; head++) {
+            const uint8_t *wanted = query_codes + (row + head) * bytes;
+            uint64_t least = 8 * bytes;
+            words nearest = least - (words){0};
+            uint32_t token = 0;
+            for (; token + LANES / 2 <= tokens; token += LANES / 2) {
+                words distance = {0};
+                for (uint32_t plane = 0; plane < planes; plane++) {
+                    uint64_t same;
+                    memcpy(&same, wanted + 8 * plane, 8);
+                    distance += bits_of(
+                        *(const words *)(mine + ((size_t)plane * tokens + token) * 8) ^ same);
+                }
+                words closer = (words)(distance < nearest);
+                nearest = (distance & closer) | (nearest & ~closer);
+            }
+            for (int i = 0; i < LANES / 2; i++)
+                least = nearest[i] < least ? nearest[i] : least;
+            for (; token < tokens; token++) {
+                uint64_t distance = 0;
+                for (uint32_t plane = 0; plane < planes; plane++) {
+                    uint64_t same, other;
+                    memcpy(&same, wanted + 8 * plane, 8);
+                    memcpy(&other, mine + ((size_t)plane * tokens + token) * 8, 8);
+                    distance += (uint64_t)__builtin_popcountll(same ^ other);
+                }
+                least = distance < least ? distance : least;
+            }
+            results[head] = -(float)least;
+        })
+}
+
+static void tables_scores(const ucm_score_shape *shape, uint32_t planes, uint32_t tokens,
+                          const float *tables, const uint8_t *codes, float *scores)
+{
+    float sums[MOST_GROUP][UCM_SCORE_MOST_TOKENS + LANES];
+    const size_t width = (size_t)planes * 32; /* floats of one query head's tables */
+    FOR_EACH_GROUP(
+        const uint8_t *mine = codes + of * planes * tokens;
+        uint32_t token = 0;
+        for (; token + LANES <= tokens; token += LANES) {
+            vector total[MOST_GROUP] = {{0}};
+            for (uint32_t plane = 0; plane < planes; plane++) {
+                whole code = (whole)widen(mine + plane * tokens + token);
+                whole lower = code & 15, upper = code >> 4;
+                for (uint32_t head = 0; head < heads; head++) {
+                    const float *table = tables + (row + head) * width + plane * 32;
+                    total[head] += lookup16(table, lower) + lookup16(table + 16, upper);
+                }
+            }
+            for (uint32_t head = 0; head < heads; head++)
+                *(vector *)(sums[head] + token) = total[head];
+        }
+        for (; token < tokens; token++)
+            for (uint32_t head = 0; head < heads; head++) {
+                const float *table = tables + (row + head) * width;
+                float total = 0;
+                for (uint32_t plane = 0; plane < planes; plane++, table += 32) {
+                    uint8_t code = mine[plane * tokens + token];
+                    total += table[code & 15] + table[16 + (code >> 4)];
+                }
+                sums[head][token] = total;
+            }
+        for (uint32_t head = 0; head < heads; head++)
+            results[head] = logsumexp(sums[head], tokens);)
+}
+
+const ucm_score_variant NAME = {
+    .name = INSTRUCTION_SET,
+    .linear = linear,
+    .box = box,
+    .units = units_scores,
+    .hash = hash,
+    .tables = tables_scores,
+};
