@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: MIT
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ucm_sdk.errors import ArgumentError, ConfigError
+from ucm_sdk.sparse import SlotTable, SparseBudget, SparseKVManager, make_method
+from ucm_sdk.testing.sparse_suite import GEOMETRY, keys_of, query_of
+
+B = GEOMETRY.block_tokens
+
+
+@pytest.mark.parametrize("tokens", range(1, 40 * B, 7))
+def test_sink_recent_and_the_block_being_filled_are_always_kept(tokens: int) -> None:
+    budget = SparseBudget(sink_blocks=2, recent_blocks=3, ratio=0.3, min_tokens=0)
+    cut = budget.cut(tokens, B)
+    assert cut.blocks == -(-tokens // B)
+    assert cut.first == min(2, cut.blocks)
+    if cut.middle:
+        assert cut.blocks - cut.last == 1 + 3
+        assert 1 <= cut.chosen <= max(1, 0.3 * cut.middle)
+    else:
+        assert cut.dense
+
+
+def test_a_fresh_tail_does_not_push_out_the_newest_whole_block() -> None:
+    budget = SparseBudget(recent_blocks=1, min_tokens=0)
+    full, begun = budget.cut(10 * B, B), budget.cut(10 * B + 1, B)
+    assert full.last == 8
+    assert begun.last == 9  # block 9, the newest whole one, is recent; block 10 is being filled
+
+
+def test_short_requests_stay_dense() -> None:
+    budget = SparseBudget(min_tokens=500)
+    assert budget.cut(499, B).dense
+    assert not budget.cut(500, B).dense
+
+
+def test_a_budget_out_of_range_is_refused() -> None:
+    for values in ({"ratio": 0.0}, {"ratio": 1.1}, {"sink_blocks": 0}, {"slot_ratio": 0.9}):
+        with pytest.raises(ValueError, match=next(iter(values))):
+            SparseBudget(**values)
+
+
+def test_slots_keep_what_is_chosen_again_and_load_the_rest() -> None:
+    table = SlotTable(3)
+    slots, loads = table.place([10, 11, 12])
+    assert sorted(slots) == [0, 1, 2]
+    assert loads == list(zip([10, 11, 12], slots, strict=True))
+    again, loads = table.place([11, 12])
+    assert (again, loads) == (slots[1:], [])
+    third, loads = table.place([13])  # 10 was not wanted for longest
+    assert third == slots[:1]
+    assert loads == [(13, slots[0])]
+
+
+def test_a_block_that_is_wanted_never_gives_way_to_another_of_the_same_choice() -> None:
+    table = SlotTable(3)
+    table.place([1, 2, 3])
+    slots, loads = table.place([4, 1, 3])
+    assert len(set(slots)) == 3
+    assert [block for block, _ in loads] == [4]
+
+
+def test_a_failed_load_is_forgotten() -> None:
+    table = SlotTable(2)
+    table.place([1, 2])
+    table.forget(1)
+    table.forget(99)
+    _, loads = table.place([1, 2])
+    assert [block for block, _ in loads] == [1]
+
+
+def test_slots_can_be_added_and_are_distinct() -> None:
+    table = SlotTable(0)
+    table.grow(2)
+    table.place([1, 2])
+    table.grow(5)
+    slots, _ = table.place([1, 2, 3, 4, 5])
+    assert sorted(slots) == [0, 1, 2, 3, 4]
+    for blocks in ([1, 1], [1, 2, 3, 4, 5, 6]):
+        with pytest.raises(ArgumentError, match="do not fit the slots"):
+            table.place(blocks)
+
+
+def manager_of(method: str = "quest", **options: object) -> SparseKVManager:
+    method = make_method(method, GEOMETRY, options=options)
+    return SparseKVManager(method, SparseBudget(ratio=0.2, min_tokens=0))
+
+
+def test_a_layer_without_all_its_summaries_is_dense() -> None:
+    manager = manager_of()
+    manager.request_begin("a", 20 * B)
+    manager.add_keys("a", 0, keys_of(10))
+    assert manager.choose("a", 0, query_of(), tokens=20 * B) is None
+    manager.add_keys("a", 0, keys_of(10))
+    assert manager.choose("a", 0, query_of(), tokens=20 * B) is not None
+
+
+def test_layers_that_reuse_a_choice_need_no_summaries() -> None:
+    manager = manager_of("esa", reuse_layers=[1], dense_layers=[2])
+    manager.request_begin("a", 20 * B)
+    assert not manager.pending("a", 1, 20 * B)
+    assert not manager.pending("a", 2, 20 * B)
+    manager.add_keys("a", 0, keys_of(20))
+    below = manager.choose("a", 0, query_of(), tokens=20 * B)
+    above = manager.choose("a", 1, query_of(5), tokens=20 * B)
+    assert below is not None
+    assert above is not None
+    assert (below.middle == above.middle).all()
+    assert manager.choose("a", 2, query_of(), tokens=20 * B) is None
+
+
+def test_what_fits_the_prompt_waits_for_its_end() -> None:
+    manager = manager_of("transform")
+    manager.request_begin("a", 20 * B)
+    assert not manager.pending("a", 0, 20 * B - 1)
+    assert manager.pending("a", 0, 20 * B) == range(20)
+    manager.add_keys("a", 0, keys_of(20))
+    assert manager.pending("a", 0, 23 * B) == range(20, 23)
+
+
+def test_a_preempted_request_chooses_anew_and_keeps_its_summaries() -> None:
+    manager = manager_of(stride=100)
+    manager.request_begin("a", 20 * B)
+    manager.add_keys("a", 0, keys_of(20))
+    first = manager.choose("a", 0, query_of(1), tokens=20 * B)
+    assert first is not None
+    held = manager.choose("a", 0, query_of(2), tokens=20 * B)
+    manager.request_preempted("a")
+    anew = manager.choose("a", 0, query_of(2), tokens=20 * B)
+    assert held is not None
+    assert anew is not None
+    assert (held.middle == first.middle).all()
+    assert (anew.middle != first.middle).any()
+
+
+def test_requests_do_not_share_anything() -> None:
+    manager = manager_of()
+    for name, seed in (("a", 1), ("b", 2)):
+        manager.request_begin(name, 20 * B)
+        manager.add_keys(name, 0, keys_of(20, seed))
+    alone = manager_of()
+    alone.request_begin("b", 20 * B)
+    alone.add_keys("b", 0, keys_of(20, 2))
+    manager.choose("a", 0, query_of(), tokens=20 * B)
+    manager.request_finished("a")
+    beside = manager.choose("b", 0, query_of(), tokens=20 * B)
+    expected = alone.choose("b", 0, query_of(), tokens=20 * B)
+    assert beside is not None
+    assert expected is not None
+    assert np.array_equal(beside.middle, expected.middle)
+
+
+def test_a_request_begins_once() -> None:
+    manager = manager_of()
+    manager.request_begin("a", 1)
+    with pytest.raises(ArgumentError, match="'a' has begun already"):
+        manager.request_begin("a", 1)
+
+
+def test_no_subclass_of_the_base_is_refused() -> None:
+    with pytest.raises(ConfigError, match="unknown"):
+        make_method("ucm_sdk.sparse", GEOMETRY)
+
+
+def test_a_block_that_comes_into_the_middle_ends_a_stride() -> None:
+    manager = SparseKVManager(
+        make_method("quest", GEOMETRY, options={"stride": 100}),
+        SparseBudget(ratio=1.0, min_tokens=0),
+    )
+    manager.request_begin("a", 20 * B)
+    manager.add_keys("a", 0, keys_of(24))
+    for tokens in range(20 * B, 24 * B):
+        choice = manager.choose("a", 0, query_of(), tokens=tokens)
+        assert choice is not None
+        assert choice.middle[0].tolist() == list(range(choice.cut.first, choice.cut.last))

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: MIT
+"""What is remembered of each request's blocks, what its layers choose, and where that lies.
+
+Nothing here touches a device or an engine: keys and queries come in as arrays, block numbers go
+out.  Blocks are numbered within their request, from 0.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from array_api_compat import array_namespace, device
+from numpy.typing import NDArray
+
+from ucm_sdk.errors import ArgumentError
+from ucm_sdk.sparse.base import Array, Arrays, UcmSparseBase
+from ucm_sdk.sparse.budget import Cut, SparseBudget
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What one layer of a request attends to at one step."""
+
+    cut: Cut
+    middle: NDArray[np.int64]
+    """Chosen blocks, ascending, ``[H, m]``, or ``[1, m]`` where the layer's heads share them."""
+
+
+class SlotTable:
+    """Which middle block of one layer of a request lies in which of its slots."""
+
+    def __init__(self, slots: int) -> None:
+        """Begin with ``slots`` empty slots, numbered from 0."""
+        self._free = list(range(slots - 1, -1, -1))
+        self._slot_of: OrderedDict[int, int] = OrderedDict()  # the last used block is last
+
+    def place(self, blocks: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the slot of each block, and what must be loaded first: ``(block, slot)``.
+
+        Blocks that are not wanted now give way, the one that was not wanted for longest first.
+        """
+        wanted = set(blocks)
+        if len(wanted) != len(blocks) or len(blocks) > len(self._free) + len(self._slot_of):
+            msg = f"{len(blocks)} blocks, {len(wanted)} of them different, do not fit the slots"
+            raise ArgumentError(msg)
+        loads = []
+        for block in blocks:
+            if block in self._slot_of:
+                self._slot_of.move_to_end(block)
+        for block in blocks:
+            if block not in self._slot_of:
+                slot = self._free.pop() if self._free else self._slot_of.popitem(last=False)[1]
+                self._slot_of[block] = slot
+                loads.append((block, slot))
+        return [self._slot_of[block] for block in blocks], loads
+
+    def forget(self, block: int) -> None:
+        """Take back that ``block`` was loaded: what lies in its slot must not be attended to."""
+        slot = self._slot_of.pop(block, None)
+        if slot is not None:
+            self._free.append(slot)
+
+    def grow(self, slots: int) -> None:
+        """Have ``slots`` slots from now on; never fewer than before."""
+        have = len(self._free) + len(self._slot_of)
+        self._free[:0] = range(slots - 1, have - 1, -1)
+
+
+@dataclass(slots=True)
+class _Layer:
+    basis: Arrays | None = None
+    arrays: list[Array] = field(default_factory=list)
+    """One per field, with room for more blocks than ``count``."""
+    count: int = 0
+    queries: deque[Array] = field(default_factory=deque)
+    chosen: NDArray[np.int64] | None = None
+    cut: Cut | None = None
+    """What it was chosen from: a block that has come into the middle since must not be missed."""
+    age: int = 0
+    """Steps since it was chosen."""
+
+    def append(self, summaries: Arrays, blocks: int) -> None:
+        end = self.count + blocks
+        if not self.arrays or self.arrays[0].shape[0] < end:
+            self.arrays = [
+                _with_room(summary, old, self.count, 2 * end)
+                for summary, old in zip(
+                    summaries, self.arrays or [None] * len(summaries), strict=True
+                )
+            ]
+        for array, summary in zip(self.arrays, summaries, strict=True):
+            array[self.count : end] = summary
+        self.count = end
+
+
+def _with_room(like: Array, old: Array | None, count: int, room: int) -> Array:
+    xp = array_namespace(like)
+    new = xp.empty((room, *like.shape[1:]), dtype=like.dtype, device=device(like))
+    if old is not None:
+        new[:count] = old[:count]
+    return new
+
+
+@dataclass(slots=True)
+class _Request:
+    prompt_tokens: int
+    layers: list[_Layer]
+
+
+class SparseKVManager:
+    """The sparse attention of one worker; not thread-safe, like an engine's worker.
+
+    For every layer of a request: ``pending`` says which blocks' keys are wanted, ``add_keys`` takes
+    them, ``choose`` says what a decode step attends to.  A layer whose middle blocks are not all
+    summarised is dense.
+    """
+
+    def __init__(self, method: UcmSparseBase, budget: SparseBudget) -> None:
+        """Choose by ``method`` within ``budget``."""
+        self.method = method
+        self.budget = budget
+        self._requests: dict[str, _Request] = {}
+
+    def __contains__(self, request_id: str) -> bool:
+        """Whether the request has begun and not finished."""
+        return request_id in self._requests
+
+    def request_begin(self, request_id: str, prompt_tokens: int) -> None:
+        """Begin a request; a prompt shorter than it turns out to be is summarised early."""
+        if request_id in self._requests:
+            msg = f"request {request_id!r} has begun already"
+            raise ArgumentError(msg)
+        layers = [_Layer() for _ in range(self.method.geometry.layers)]
+        self._requests[request_id] = _Request(prompt_tokens, layers)
+        self.method.request_begin(request_id, prompt_tokens)
+
+    def request_preempted(self, request_id: str) -> None:
+        """Forget what was chosen; summaries stay true, the same tokens give the same keys."""
+        for layer in self._requests[request_id].layers:
+            layer.chosen = None
+            layer.queries.clear()
+
+    def rewind(self, request_id: str, layer: int, tokens: int) -> None:
+        """Forget summaries of blocks that ``tokens`` computed tokens do not fill.
+
+        An engine computes blocks again when it had to discard them.
+        """
+        request = self._requests[request_id]
+        state = request.layers[layer]
+        whole = tokens // self.method.geometry.block_tokens
+        if state.count > whole:
+            state.count, state.chosen = whole, None
+            if tokens < request.prompt_tokens and self.method.fit_on == "prompt":
+                state.count, state.basis = 0, None
+
+    def request_finished(self, request_id: str) -> None:
+        """Forget a request, known or not."""
+        if self._requests.pop(request_id, None) is not None:
+            self.method.request_finished(request_id)
+
+    def pending(self, request_id: str, layer: int, tokens: int) -> range:
+        """Return the blocks to give to ``add_keys`` now that ``tokens`` tokens are computed.
+
+        Whole blocks only.  Where the method fits to the prompt, none before the prompt has ended.
+        """
+        request = self._requests[request_id]
+        done = request.layers[layer].count
+        if self.method.source_layer(layer) != layer:
+            return range(done, done)
+        if self.method.fit_on == "prompt" and tokens < request.prompt_tokens:
+            return range(done, done)
+        return range(done, tokens // self.method.geometry.block_tokens)
+
+    def add_keys(self, request_id: str, layer: int, keys: Array) -> None:
+        """Summarise the next blocks, ``[n, H, B, d]``, which follow those that were added."""
+        state = self._requests[request_id].layers[layer]
+        if state.basis is None:
+            state.basis = self.method.fit(layer, keys)
+        state.append(self.method.summarise(keys, state.basis), keys.shape[0])
+
+    def choose(
+        self,
+        request_id: str,
+        layer: int,
+        queries: Array,
+        *,
+        tokens: int,
+        known: Array | None = None,
+    ) -> Choice | None:
+        """Return what a decode step of ``layer`` attends to; None for everything.
+
+        ``queries`` ``[H, g, d]`` of the last of ``tokens`` tokens; ``known`` ``[H, g]`` is the
+        log-sum-exp of its scores over the sink and recent tokens, where the caller has it.
+        Layers that choose must be asked before those that reuse their choice.
+        """
+        source = self.method.source_layer(layer)
+        cut = self.budget.cut(tokens, self.method.geometry.block_tokens)
+        if source is None or cut.dense:
+            return None
+        state = self._requests[request_id].layers[source]
+        if source == layer:
+            self._refresh(state, queries, cut, known)
+        return None if state.chosen is None else Choice(cut, state.chosen)
+
+    def summary_bytes(self) -> int:
+        """Return the bytes of all summaries, their spare room included."""
+        return sum(
+            int(array.size if isinstance(array, np.ndarray) else array.numel()) * array.itemsize
+            for request in self._requests.values()
+            for layer in request.layers
+            for array in layer.arrays
+        )
+
+    def _refresh(self, state: _Layer, queries: Array, cut: Cut, known: Array | None) -> None:
+        stride = self.method.options.stride
+        window = stride if self.method.query_window == "stride" else 1
+        state.queries.append(queries)
+        while len(state.queries) > window:
+            state.queries.popleft()
+        state.age += 1
+        if state.chosen is not None and state.age < stride and _same_middle(state.cut, cut):
+            return
+        if state.count < cut.last or state.basis is None:
+            state.chosen = None
+            return
+        xp = array_namespace(queries)
+        middle = tuple(array[cut.first : cut.last] for array in state.arrays)
+        scores = self.method.score(xp.stack(list(state.queries)), middle, state.basis)
+        votes = self.method.vote(scores, None if known is None else known[None])
+        votes = xp.sum(votes, axis=0)
+        chosen = self.method.select(votes, cut.chosen) + cut.first
+        state.chosen = np.asarray(chosen.cpu() if hasattr(chosen, "cpu") else chosen, np.int64)
+        state.age, state.cut = 0, cut
+
+
+def _same_middle(before: Cut | None, now: Cut) -> bool:
+    return before is not None and (before.first, before.last) == (now.first, now.last)
