@@ -27,6 +27,7 @@ from ucm_sdk import config
 from ucm_sdk._native import Pool, versions
 from ucm_sdk.connector import UcmConfig
 from ucm_sdk.errors import ConfigError, StoreError
+from ucm_sdk.evaluation import command as evaluation
 from ucm_sdk.store import check_store_options
 from ucm_sdk.stores.inspection import Geometry, geometries, summary
 from ucm_sdk.stores.measure import measure
@@ -42,6 +43,7 @@ store_app = typer.Typer(no_args_is_help=True, help="Look at, check and clean a f
 config_app = typer.Typer(no_args_is_help=True, help="Show and check configurations.")
 app.add_typer(store_app, name="store")
 app.add_typer(config_app, name="config")
+app.add_typer(evaluation.app, name="eval")
 
 Directory = Annotated[Path, typer.Argument(help="The store's directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

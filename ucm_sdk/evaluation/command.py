@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: MIT
+"""``ucm eval``: judge methods with a real model, without an engine."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from ucm_sdk.errors import ConfigError
+from ucm_sdk.evaluation import needles, report, texts
+from ucm_sdk.evaluation.copying import CopyTask
+from ucm_sdk.evaluation.llama import Llama
+from ucm_sdk.evaluation.sparse import CONTROLS, Point
+
+app = typer.Typer(no_args_is_help=True, help="Judge methods with a real model.")
+
+_DEFAULT: Final = (
+    *CONTROLS, "window", "esa", "gsa", "kvstar", "kvcomp", "quest", "transform", "transform:2",
+)  # fmt: skip
+_NEEDLE_KEYS: Final = (1, 1, 1, 5)
+"""Keys hidden in the prompts of one length and text."""
+
+Model = Annotated[Path, typer.Argument(help="A Llama-type model with its tokenizer.")]
+
+
+def _points(
+    methods: Sequence[str], blocks: Sequence[int], budgets: Sequence[float], shares: Sequence[str]
+) -> list[Point]:
+    """Return every setting; ``name:2`` is a method with values of two bits."""
+    points = []
+    for block, budget, share, method in itertools.product(blocks, budgets, shares, methods):
+        name, _, bits = method.partition(":")
+        options = (("value_bits", int(bits)),) if bits else ()
+        points.append(Point(name, block, budget, share, options))
+    return points
+
+
+class _Journal:
+    """Results so far, one JSON value a line: an interrupted run goes on where it stopped."""
+
+    def __init__(self, path: Path, setting: Mapping[str, Any]) -> None:
+        self._path = path
+        self.rows: list[dict[str, Any]] = []
+        lines = path.read_text().splitlines() if path.is_file() else []
+        if lines and json.loads(lines[0]) != setting:
+            msg = f"{path} holds results of another setting: remove it or name another output"
+            raise ConfigError(msg)
+        if not lines:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(setting) + "\n")
+        for line in lines[1:]:
+            try:
+                self.rows.append(json.loads(line))
+            except ValueError:  # the line that an interruption cut off
+                path.write_text("".join(f"{whole}\n" for whole in lines[: 1 + len(self.rows)]))
+                break
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _tokenizer(model: Path) -> needles.Encode:
+    from tokenizers import Tokenizer  # the extra [eval]
+
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text).ids
+        return ids
+
+    return encode
+
+
+def _documents(directory: Path | None) -> list[texts.Document]:
+    return texts.reported() if directory is None else texts.from_directory(directory)
+
+
+def _print(rows: Iterable[Mapping[str, str]]) -> None:
+    rows = list(rows)
+    shown = Table(box=None)
+    for name in rows[0]:
+        shown.add_column(name)
+    for row in rows:
+        shown.add_row(*row.values())
+    Console(width=None if Console().is_terminal else 160).print(shown)
+
+
+@app.command("sparse")
+def evaluate_sparse(
+    model: Model,
+    *,
+    output: Annotated[Path, typer.Option(help="JSON; table and plot beside it.")] = Path(
+        "build/eval-sparse.json"
+    ),
+    tokens: Annotated[int, typer.Option(min=256, help="Tokens of the prompt.")] = 7168,
+    scored: Annotated[int, typer.Option(min=1, help="Scored tokens of a document.")] = 128,
+    depth: Annotated[list[float], typer.Option(help="Where to copy from.")] = [0.5],  # noqa: B006
+    method: Annotated[list[str], typer.Option(help="May be repeated.")] = list(_DEFAULT),  # noqa: B006
+    block: Annotated[list[int], typer.Option(help="Tokens of a block.")] = [32, 128],  # noqa: B006
+    budget: Annotated[list[float], typer.Option(help="Share of the middle.")] = [0.1, 0.3],  # noqa: B006
+    share: Annotated[list[str], typer.Option(help="kv_head or layer.")] = ["kv_head", "layer"],  # noqa: B006
+    documents: Annotated[Path | None, typer.Option(help="A directory of .txt files.")] = None,
+) -> None:
+    """Copy passages from depth under every method, and compare with dense attention."""
+    points = _points(method, block, budget, share)
+    setting = {"model": model.name, "tokens": tokens, "scored": scored, "depths": depth}
+    journal = _Journal(output.with_suffix(".jsonl"), setting)
+    done = {
+        (row["document"], row["method"], row["block_tokens"], row["budget"], row["share"])
+        for row in journal.rows
+    }
+    encode = _tokenizer(model)
+    llama: Llama | None = None
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("judging", total=len(points) * len(_documents(documents)))
+        for document in _documents(documents):
+            left = [
+                p
+                for p in points
+                if (document.name, p.label, p.block_tokens, p.ratio, p.share) not in done
+            ]
+            progress.advance(bar, len(points) - len(left))
+            if not left:
+                continue
+            progress.update(bar, description=document.name)
+            llama = llama or Llama(model)
+            prompt = np.array(encode(document.text)[:tokens])
+            task = CopyTask(llama, document.name, prompt, scored_tokens=scored, depths=depth)
+            for result in task.judge(left):
+                journal.add(result.row())
+                progress.advance(bar)
+    rows = report.summarise(journal.rows)
+    output.write_text(json.dumps(rows, indent=1) + "\n")
+    report.plot(rows, output.with_suffix(".svg"))
+    _print(report.table(rows))
+
+
+@app.command("needles")
+def evaluate_needles(
+    model: Model,
+    *,
+    output: Annotated[Path, typer.Option(help="JSON.")] = Path("build/eval-needles.json"),
+    length: Annotated[list[int], typer.Option(help="Tokens of a prompt.")] = [1024, 2048, 4096],  # noqa: B006
+    method: Annotated[list[str], typer.Option(help="May be repeated.")] = list(_DEFAULT),  # noqa: B006
+    block: Annotated[list[int], typer.Option(help="Tokens of a block.")] = [32],  # noqa: B006
+    budget: Annotated[list[float], typer.Option(help="Share of the middle.")] = [0.1],  # noqa: B006
+    share: Annotated[list[str], typer.Option(help="kv_head or layer.")] = ["kv_head"],  # noqa: B006
+    documents: Annotated[Path | None, typer.Option(help="A directory of .txt files.")] = None,
+) -> None:
+    """Ask for pass keys hidden in long texts, and count the answers that are right."""
+    points = _points(method, block, budget, share)
+    setting = {"model": model.name, "points": [str(point) for point in points]}
+    journal = _Journal(output.with_suffix(".jsonl"), setting)
+    encode = _tokenizer(model)
+    prompts = [
+        (document.text, tokens, keys)
+        for tokens in length
+        for document in _documents(documents)
+        for keys in _NEEDLE_KEYS
+    ]
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("judging", total=len(prompts), completed=len(journal.rows))
+        begin = len(journal.rows)
+        judged = needles.judge(Llama(model), encode, points, prompts, begin=begin)
+        for (_, tokens, keys), (asked, counted, right) in zip(prompts[begin:], judged, strict=True):
+            answered = {str(point): found for point, found in right.items()}
+            row = {"tokens": tokens, "keys": keys, "asked": asked, "counted": counted}
+            journal.add({**row, "right": answered})
+            progress.advance(bar)
+    items = sum(row["counted"] for row in journal.rows)
+    rows = []
+    for point in points:
+        right = sum(row["right"][str(point)] for row in journal.rows)
+        low, high = needles.wilson(right, items)
+        rows.append(
+            {
+                "method": point.label,
+                "block_tokens": point.block_tokens,
+                "budget": point.ratio,
+                "share": point.share,
+                "items": items,
+                "right": right,
+                "interval": [low, high],
+            }
+        )
+    output.write_text(json.dumps(rows, indent=1) + "\n")
+    _print({name: str(value) for name, value in row.items()} for row in rows)
