@@ -90,6 +90,17 @@ TIER_BLOCKS: Final = Metric(
 UNWRITTEN_BLOCKS: Final = Metric(
     "ucm_unwritten_blocks", Kind.GAUGE, "Blocks that only the fast tier has, so far."
 )
+SPARSE_SLOT_BLOCKS: Final = Metric(
+    "ucm_sparse_slot_blocks",
+    Kind.COUNTER,
+    "Chosen blocks of one layer that were in a slot, or had to be loaded into one.",
+    ("result",),
+)
+SPARSE_MISSED_BLOCKS: Final = Metric(
+    "ucm_sparse_missed_blocks",
+    Kind.COUNTER,
+    "Chosen blocks of one layer that could not be loaded and were left out.",
+)
 STORE_AVAILABLE: Final = Metric(
     "ucm_store_available", Kind.GAUGE, "1 while the store is asked, 0 while the breaker is open."
 )
@@ -108,6 +119,8 @@ METRICS: Final = (
     LOOKUP_SECONDS,
     FAILED_LOAD_TOKENS,
     TIMEOUTS,
+    SPARSE_SLOT_BLOCKS,
+    SPARSE_MISSED_BLOCKS,
     DROPPED_SAVES,
     STORE_AVAILABLE,
 )

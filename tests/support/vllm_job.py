@@ -4,7 +4,8 @@
 JOB is a JSON file: ``model``, ``engine`` (arguments of ``LLM``), ``config`` (the adapter's, or null
 for vLLM without a connector), ``role``, ``batches``.  A batch has ``prompts`` (token ids),
 ``max_tokens`` and optionally ``n``, ``together`` (submit all at once), ``reset`` (clear vLLM's own
-cache before).  RESULT gets the output tokens, the cached tokens and the engine's own metrics.
+cache before).  RESULT gets the output tokens with their log probabilities, the cached tokens, the
+engine's own metrics, and what its pool of blocks and its scheduler were seen to hold.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def run_batch(llm: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
         max_tokens=batch["max_tokens"],
         n=samples,
         ignore_eos=True,
+        logprobs=0,
     )
     prompts = [{"prompt_token_ids": ids} for ids in batch["prompts"]]
     groups = [prompts] if batch.get("together") else [[prompt] for prompt in prompts]
@@ -36,11 +38,56 @@ def run_batch(llm: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "tokens": [list(one.token_ids) for one in output.outputs],
+            "logprobs": [
+                [next(iter(step.values())).logprob for step in one.logprobs]
+                for one in output.outputs
+            ],
             "finish": [one.finish_reason for one in output.outputs],
             "cached": output.num_cached_tokens,
         }
         for output in outputs
     ]
+
+
+class Watch:
+    """What the scheduler and its pool hold after each step, from their own counts."""
+
+    def __init__(self, llm: Any) -> None:
+        self._scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        self._pool = self._scheduler.kv_cache_manager.block_pool
+        self._update = self._scheduler.update_from_output
+        self._scheduler.update_from_output = self._step
+        self.preemptions = 0
+        self.reset()
+
+    def reset(self) -> None:
+        self._least: dict[int, int] = {}
+        self._running = self._steps = 0
+
+    def _step(self, *args: Any) -> Any:
+        running = self._scheduler.running
+        self._steps += 1
+        self._running = max(self._running, len(running))
+        self.preemptions += sum(request.num_preemptions > 0 for request in running)
+        if running and all(request.num_output_tokens for request in running):
+            used = self._total - self._pool.get_num_free_blocks()
+            self._least[len(running)] = min(used, self._least.get(len(running), used))
+        return self._update(*args)
+
+    @property
+    def _total(self) -> int:
+        return self._pool.num_gpu_blocks - 1  # one of them is never given to anybody
+
+    def seen(self) -> dict[str, Any]:
+        return {
+            "total_blocks": self._total,
+            "free_at_end": self._pool.get_num_free_blocks(),
+            "running_at_most": self._running,
+            "steps": self._steps,
+            "preempted": self.preemptions,
+            # While so many requests decode and none is prefilled.
+            "least_used_by": self._least,
+        }
 
 
 def main() -> None:
@@ -65,9 +112,12 @@ def main() -> None:
         }
     llm = LLM(job["model"], **engine)
     print("started", flush=True)
-    results = []
+    watch = Watch(llm)
+    results, seen = [], []
     for batch in job["batches"]:
         results.append(run_batch(llm, batch))
+        seen.append(watch.seen())
+        watch.reset()
         print("batch", flush=True)
     from prometheus_client import REGISTRY
 
@@ -79,7 +129,7 @@ def main() -> None:
         for sample in metric.samples
         if not sample.name.endswith(("_bucket", "_created"))
     }
-    Path(sys.argv[2]).write_text(json.dumps({"batches": results, "metrics": metrics}))
+    Path(sys.argv[2]).write_text(json.dumps({"batches": results, "metrics": metrics, "seen": seen}))
 
 
 if __name__ == "__main__":

@@ -3,16 +3,12 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
 import pydoc
 import random
 import secrets
 import shutil
-import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,7 +17,6 @@ from typing import Any
 
 import pytest
 
-JOB = Path(__file__).parents[1] / "support" / "vllm_job.py"
 BLOCK = 32
 # Shorter than a block, on a boundary and beside it, several blocks, several prefill chunks.
 LENGTHS = [1, 5, 31, 32, 33, 63, 64, 65, 96, 100, 128, 160, 255, 256, 257, 300, 400, 511, 512, 513]
@@ -47,48 +42,6 @@ def prompts(model_path: Path) -> list[list[int]]:
 def hits(prompts: list[list[int]]) -> list[int]:
     """Return the tokens that a full hit of each prompt has."""
     return [(len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts]
-
-
-@pytest.fixture(scope="session")
-def job(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """Return a function that runs one engine process over batches of prompts."""
-    folder = tmp_path_factory.mktemp("jobs")
-    numbers = itertools.count()
-
-    def run(
-        config: dict[str, Any] | None,
-        *batches: dict[str, Any],
-        kill_after: int | None = None,
-        fails: bool = False,
-        role: str = "kv_both",
-        **engine: Any,
-    ) -> dict[str, Any]:
-        number = next(numbers)
-        description, result = folder / f"{number}.json", folder / f"{number}.result.json"
-        content = {"model": str(model_path), "engine": engine, "config": config, "role": role}
-        description.write_text(json.dumps({**content, "batches": batches}))
-        command = [sys.executable, str(JOB), str(description), str(result)]
-        log = folder / f"{number}.log"
-        with log.open("w") as errors:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-            assert process.stdout is not None
-            done = 0
-            for line in process.stdout:
-                done += line.strip() == "batch"
-                if done == kill_after:
-                    process.send_signal(signal.SIGKILL)
-                    break
-            process.wait(800)
-            process.stdout.close()
-        if kill_after is not None:
-            return {}
-        if fails:
-            assert process.returncode != 0
-            return {"log": log.read_text()}
-        assert process.returncode == 0, log.read_text()[-3000:]
-        return {**json.loads(result.read_text()), "log": log.read_text()}
-
-    return run
 
 
 def file_store(directory: Path, **more: Any) -> dict[str, Any]:

@@ -8,7 +8,14 @@ worker side carries out the transfers of one step.  An adapter only translates t
 from __future__ import annotations
 
 from ucm_sdk.connector.costs import CostModel, cost_file
-from ucm_sdk.connector.options import ConnectorOptions, UcmConfig, load_config
+from ucm_sdk.connector.offload import (
+    FromBlock,
+    Offloaded,
+    OffloadPlanner,
+    SparseChange,
+    SparsePlan,
+)
+from ucm_sdk.connector.options import ConnectorOptions, SparseConfig, UcmConfig, load_config
 from ucm_sdk.connector.plans import (
     LoadPlan,
     SavePlan,
@@ -18,16 +25,24 @@ from ucm_sdk.connector.plans import (
     WorkerReport,
 )
 from ucm_sdk.connector.scheduler import SchedulerSide
+from ucm_sdk.connector.sparse import SparseWorkerSide
 from ucm_sdk.connector.worker import KVMemory, WorkerSide
 
 __all__ = [
     "ConnectorOptions",
     "CostModel",
+    "FromBlock",
     "KVMemory",
     "LoadPlan",
+    "OffloadPlanner",
+    "Offloaded",
     "SavePlan",
     "ScheduledRequest",
     "SchedulerSide",
+    "SparseChange",
+    "SparseConfig",
+    "SparsePlan",
+    "SparseWorkerSide",
     "StepPlan",
     "StepResult",
     "UcmConfig",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pydantic
 
 from ucm_sdk import config
+from ucm_sdk.sparse import METHODS, SparseBudget
 from ucm_sdk.store import check_store_options
 
 if TYPE_CHECKING:
@@ -41,6 +42,19 @@ class ConnectorOptions(config.Strict):
     """How long the store is left alone after it hung; then one request tries it again."""
 
 
+class SparseConfig(config.Strict):
+    """Sparse attention: a request that decodes attends to a part of its KV."""
+
+    method: str
+    """How blocks are chosen, such as ``transform`` or ``quest``."""
+    options: dict[str, Any] = pydantic.Field(default_factory=dict)
+    """Options of the method."""
+    budget: SparseBudget = SparseBudget()
+    """How much is attended to."""
+    offload: bool = False
+    """Whether what is not attended to leaves the engine's pool for the store."""
+
+
 class UcmConfig(config.Strict):
     """Everything that an adapter reads."""
 
@@ -52,6 +66,8 @@ class UcmConfig(config.Strict):
     """Separates tenants: blocks saved under one salt are never found under another."""
     model_identity: str | None = None
     """Stands for the model's content where its files cannot be read; change it with the weights."""
+    sparse: SparseConfig | None = None
+    """Sparse attention; none when not set."""
     load_failure: Literal["recompute", "fail"] = "recompute"
     """What the engine does with a request whose load failed."""
 
@@ -64,4 +80,6 @@ def load_config(
     """Return the merged and checked configuration; raises ``ConfigError`` with key and reason."""
     checked = config.parse(UcmConfig, config.load(inline, environment=environment), where="")
     check_store_options(checked.store)
+    if checked.sparse is not None:
+        METHODS.get(checked.sparse.method)
     return checked

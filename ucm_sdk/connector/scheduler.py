@@ -251,6 +251,21 @@ class SchedulerSide:
                 # What is computed instead is saved; the rest is there.
                 request.saved_blocks = request.found_blocks = 0
 
+    def look_up(self, id: str, first: int, last: int) -> PendingLookup | None:
+        """Start a lookup with a lease of a request's blocks; None when the store is not asked."""
+        request = self._requests.get(id)
+        if request is None or not self._breaker.allows("lookup"):
+            return None
+        return self._lookups.submit(request.chain.ids[first:last], first)
+
+    def overwrites(self, blocks: Iterable[int]) -> None:
+        """Say that the next step writes to these blocks of the engine's, too."""
+        self._next.written.update(blocks)
+
+    def ids(self, id: str, first: int, last: int) -> tuple[bytes, ...]:
+        """Return the ids of a request's blocks, as far as they have been saved or looked up."""
+        return tuple(self._requests[id].chain.ids[first:last])
+
     def finished(self, id: str) -> None:
         """Forget a request; its saves go on."""
         self._requests.pop(id, None)

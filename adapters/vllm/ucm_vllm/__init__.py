@@ -18,7 +18,7 @@ _NAMES = ("UcmConnector", "KVStoreConnector")
 
 
 def register() -> None:
-    """Make the connector known to vLLM by name; called by vLLM in each of its processes."""
+    """Make all that vLLM finds by name known to it; called by vLLM in each of its processes."""
     from vllm.distributed.kv_transfer.kv_connector.factory import (
         KVConnectorFactory,
     )
@@ -26,6 +26,10 @@ def register() -> None:
     for name in _NAMES:
         if name not in KVConnectorFactory._registry:  # noqa: SLF001 - plugins may load twice
             KVConnectorFactory.register_connector(name, "ucm_vllm.connector", name)
+    from ucm_vllm import attention, pool
+
+    attention.register()
+    pool.register()
 
 
 def __getattr__(name: str) -> object:

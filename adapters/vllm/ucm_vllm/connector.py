@@ -17,16 +17,17 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.forward_context import ForwardContext
 from vllm.v1.attention.backend import AttentionMetadata
-from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
-from ucm_sdk.connector import StepPlan, WorkerReport, load_config
+from ucm_sdk.connector import SparsePlan, StepPlan, WorkerReport, load_config
 from ucm_vllm import compat
 from ucm_vllm.metrics import UcmPromMetrics, UcmStats
 from ucm_vllm.scheduler import VllmScheduler
+from ucm_vllm.sparse import VllmSparse
 from ucm_vllm.worker import VllmWorker
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class UcmMetadata(KVConnectorMetadata):
     """A step's plan on its way to the workers."""
 
     plan: StepPlan
+    sparse: SparsePlan = field(default_factory=SparsePlan)
 
 
 @dataclass
@@ -78,6 +80,10 @@ class UcmConnector(KVConnectorBase_V1):
 
     # Scheduler side.
 
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        """Take the manager of vLLM's pool, which sparse offload steers."""
+        self._at_scheduler.bind(kv_cache_manager)
+
     @property
     def requires_kv_delivery(self) -> bool:
         """A lost save is a later miss, so a preempted request need not be recomputed for it."""
@@ -101,7 +107,9 @@ class UcmConnector(KVConnectorBase_V1):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """Return what the workers do in this step."""
-        return UcmMetadata(self._at_scheduler.plan_step(scheduler_output))
+        # Slots that are given out are memory that the step's transfers must leave alone.
+        sparse = self._at_scheduler.plan_sparse(scheduler_output)
+        return UcmMetadata(self._at_scheduler.plan_step(scheduler_output), sparse)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Take the workers' report."""
@@ -126,13 +134,19 @@ class UcmConnector(KVConnectorBase_V1):
 
     # Worker side.
 
+    @property
+    def sparse(self) -> VllmSparse | None:
+        """What this worker's attention asks in every layer; None without sparse attention."""
+        return self._worker.sparse if self._worker is not None else None
+
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Take the engine's KV memory."""
         self._at_worker.register(kv_caches)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """End the saves of memory that this step overwrites; vLLM's first call of a step."""
-        self._at_worker.begin_step(_plan(kv_connector_metadata))
+        metadata = kv_connector_metadata
+        self._at_worker.begin_step(_plan(metadata), _sparse_plan(metadata))
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Start the step's loads."""
@@ -161,7 +175,7 @@ class UcmConnector(KVConnectorBase_V1):
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Return the requests whose asynchronous loads have ended."""
         del finished_req_ids
-        return None, self._at_worker.end_step(self._step_plan) or None
+        return None, self._at_worker.end_step(self._step_plan, self._sparse_plan) or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Return the blocks that vLLM must compute after all."""
@@ -216,9 +230,17 @@ class UcmConnector(KVConnectorBase_V1):
     def _step_plan(self) -> StepPlan:
         return _plan(self._get_connector_metadata())
 
+    @property
+    def _sparse_plan(self) -> SparsePlan:
+        return _sparse_plan(self._get_connector_metadata())
+
 
 def _plan(metadata: KVConnectorMetadata) -> StepPlan:
     return metadata.plan if isinstance(metadata, UcmMetadata) else StepPlan()
+
+
+def _sparse_plan(metadata: KVConnectorMetadata) -> SparsePlan:
+    return metadata.sparse if isinstance(metadata, UcmMetadata) else SparsePlan()
 
 
 class KVStoreConnector(UcmConnector):

@@ -19,6 +19,7 @@ from ucm_sdk.connector import KVMemory, UcmConfig
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.model_identity import model_identity
 from ucm_vllm import compat
+from ucm_vllm.pool import SparseSpec
 
 
 def _refuse(what: str) -> NoReturn:
@@ -45,7 +46,7 @@ def check_supported(config: VllmConfig, kv_config: KVCacheConfig) -> FullAttenti
             f"({', '.join(kinds)})"
         )
     spec = groups[0].kv_cache_spec
-    if type(spec) not in {FullAttentionSpec, MLAAttentionSpec} or spec.non_causal:
+    if type(spec) not in {FullAttentionSpec, MLAAttentionSpec, SparseSpec} or spec.non_causal:
         _refuse(f"ucm_vllm serves causal full attention, not {type(spec).__name__}")
     for name in ("sliding_window", "attention_chunk_size"):
         if getattr(spec, name) is not None:

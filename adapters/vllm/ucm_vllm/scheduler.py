@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, overload
@@ -10,20 +11,26 @@ from typing import TYPE_CHECKING, overload
 from ucm_sdk import StoreContext
 from ucm_sdk.connector import (
     CostModel,
+    FromBlock,
+    OffloadPlanner,
     ScheduledRequest,
     SchedulerSide,
+    SparseChange,
+    SparsePlan,
     StepPlan,
     WorkerReport,
     cost_file,
 )
+from ucm_sdk.errors import ConfigError
 from ucm_sdk.telemetry import Increments, Recorder
 from ucm_vllm.layout import make_layout, make_namespace, open_shared_store
+from ucm_vllm.pool import SparseManager
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from vllm.config import VllmConfig
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
@@ -84,6 +91,16 @@ class VllmScheduler:
         self._recorder = context.recorder
         self._load_async = ucm.connector.load_mode == "async"
         self._requests: dict[str, Request] = {}
+        self._sparse = ucm.sparse
+        self._block_tokens = context.layout.block_tokens
+        self._lease_s = ucm.connector.lease_s
+        if ucm.sparse is not None and ucm.sparse.offload and role == "kv_consumer":
+            msg = "sparse.offload needs a role that saves: set kv_role to kv_both or kv_producer"
+            raise ConfigError(msg)
+        self._pool: SparseManager | None = None
+        self._sent: dict[str, int] = {}
+        """Requests that the workers know, and how many of each one's blocks they know to be out."""
+        self._gone: list[str] = []
 
     @property
     def saving(self) -> bool:
@@ -104,7 +121,67 @@ class VllmScheduler:
             request.request_id,
             request.all_token_ids,
             request_extra=(request.cache_salt or "").encode(),
+            extras=self._decoded(request),
         )
+
+    def bind(self, manager: KVCacheManager) -> None:
+        """Take the manager of vLLM's pool."""
+        pool = manager.coordinator.single_type_managers[0]
+        if self._sparse is None or not self._sparse.offload:
+            return
+        if not isinstance(pool, SparseManager):
+            msg = (
+                f"sparse.offload: vLLM uses {type(pool).__name__} for its pool; it found no "
+                "ucm_vllm plugin, or VLLM_PLUGINS does not name 'ucm'"
+            )
+            raise ConfigError(msg)
+        self._pool = pool
+        pool.planner = OffloadPlanner(
+            self._sparse.budget, self._block_tokens, self._side.look_up, lease_s=self._lease_s
+        )
+
+    def _decoded(self, request: Request) -> FromBlock | None:
+        """Return what keeps blocks that are decoded sparsely apart."""
+        if self._sparse is None:
+            return None
+        values = self._sparse.model_dump(mode="json", exclude={"offload"})
+        extra = json.dumps(values, sort_keys=True).encode()
+        return FromBlock(request.num_prompt_tokens // self._block_tokens, extra)
+
+    def plan_sparse(self, output: SchedulerOutput) -> SparsePlan:
+        """Return what the workers must know for this step's sparse attention."""
+        if self._sparse is None:
+            return SparsePlan()
+        begun, tails, changes, restarted = [], [], [], []
+        resumed = output.scheduled_cached_reqs.resumed_req_ids
+        for step in self._scheduled(output):
+            request = self._requests.get(step.id)
+            if request is None:
+                continue
+            if step.id not in self._sent:
+                begun.append((step.id, request.num_prompt_tokens))
+                self._sent[step.id] = 0
+            elif step.id in resumed:
+                restarted.append(step.id)
+                self._sent[step.id] = 0
+            last = step.computed_tokens + step.scheduled_tokens - 1
+            tails.append((step.blocks[last // self._block_tokens], step.id))
+            if (change := self._change(step.id)) is not None:
+                changes.append(change)
+        gone, self._gone = self._gone, []
+        return SparsePlan(tuple(begun), tuple(tails), tuple(changes), tuple(restarted), tuple(gone))
+
+    def _change(self, id: str) -> SparseChange | None:
+        if self._pool is None:
+            return None
+        now, sent = self._pool.offloaded(id), self._sent[id]
+        if now.last <= sent:
+            return None
+        self._sent[id] = now.last
+        ids = self._side.ids(id, max(sent, now.first), now.last)
+        slots = self._pool.slots(id)
+        self._side.overwrites(slots)
+        return SparseChange(id, now.first, now.last, ids, slots)
 
     def matched_tokens(self, request: Request, computed_tokens: int) -> tuple[int | None, bool]:
         """Return how many tokens the store gives beyond vLLM's own, and whether to wait."""
@@ -140,6 +217,8 @@ class VllmScheduler:
     def finished(self, request: Request) -> None:
         """Forget a request."""
         self._requests.pop(request.request_id, None)
+        if self._sent.pop(request.request_id, None) is not None:
+            self._gone.append(request.request_id)
         self._side.finished(request.request_id)
 
     def take_increments(self) -> Increments:

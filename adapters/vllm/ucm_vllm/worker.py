@@ -8,10 +8,25 @@ from typing import TYPE_CHECKING
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from ucm_sdk import StoreContext
-from ucm_sdk.connector import StepPlan, StepResult, WorkerReport, WorkerSide
+from ucm_sdk.connector import (
+    SparsePlan,
+    SparseWorkerSide,
+    StepPlan,
+    StepResult,
+    WorkerReport,
+    WorkerSide,
+)
 from ucm_sdk.errors import ConfigError
+from ucm_sdk.sparse import SparseKVManager
 from ucm_sdk.telemetry import Increments, Recorder
-from ucm_vllm.layout import make_layout, make_memory, make_namespace, open_shared_store
+from ucm_vllm.layout import (
+    check_supported,
+    make_layout,
+    make_memory,
+    make_namespace,
+    open_shared_store,
+)
+from ucm_vllm.sparse import VllmSparse, make_sparse_method
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +43,8 @@ class VllmWorker:
         """Open the store for this rank's shard."""
         self._kv_config = kv_config
         self._options = ucm.connector
+        self._sparse_config = ucm.sparse
+        self._sparse_method = None
         self._context = StoreContext(
             namespace=make_namespace(config, kv_config, ucm),
             layout=make_layout(config, kv_config),
@@ -38,6 +55,10 @@ class VllmWorker:
         self._layers = {
             name: index for index, name in enumerate(kv_config.kv_cache_groups[0].layer_names)
         }
+        if ucm.sparse is not None:
+            spec = check_supported(config, kv_config)
+            self._sparse_method = make_sparse_method(ucm.sparse, config, spec, len(self._layers))
+        self.sparse: VllmSparse | None = None
         self._registered: WorkerSide | None = None
         self._result = StepResult()
 
@@ -45,6 +66,11 @@ class VllmWorker:
         """Take the KV memory that vLLM has allocated."""
         memory = make_memory(self._kv_config, self._context.layout, caches)
         self._registered = WorkerSide(self._store, self._options, memory)
+        if self._sparse_config is not None and self._sparse_method is not None:
+            manager = SparseKVManager(self._sparse_method, self._sparse_config.budget)
+            timeout_s = self._options.load_timeout_s
+            side = SparseWorkerSide(manager, self._store, memory, load_timeout_s=timeout_s)
+            self.sparse = VllmSparse(side, self._sparse_method, manager, self._layers)
 
     @property
     def _side(self) -> WorkerSide:
@@ -53,9 +79,11 @@ class VllmWorker:
             raise ConfigError(msg)
         return self._registered
 
-    def begin_step(self, plan: StepPlan) -> None:
+    def begin_step(self, plan: StepPlan, sparse: SparsePlan) -> None:
         """End saves whose memory this step overwrites."""
         self._side.begin_step(plan)
+        if self.sparse is not None:
+            self.sparse.begin_step(sparse)
 
     def start_loads(self, plan: StepPlan) -> None:
         """Start the step's loads."""
@@ -73,8 +101,10 @@ class VllmWorker:
         """Save the blocks that the step completed."""
         self._side.save_step(plan)
 
-    def end_step(self, plan: StepPlan) -> set[str]:
+    def end_step(self, plan: StepPlan, sparse: SparsePlan) -> set[str]:
         """Return the requests whose loads have ended; the rest is kept to be taken."""
+        if self.sparse is not None:
+            self.sparse.end_step(sparse)
         self._result = self._side.end_step(plan)
         return self._result.loaded
 

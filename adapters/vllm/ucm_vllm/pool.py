@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: MIT
+"""vLLM's pool of KV blocks under sparse offload: a request gives back its middle for a few slots.
+
+A KV cache spec of our own has a manager of our own; both are vLLM's extension points.  Without a
+planner, which the connector binds, the manager is vLLM's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.request import Request
+
+from ucm_sdk.connector import Offloaded, OffloadPlanner
+
+
+class SparseManager(FullAttentionManager):
+    """Frees what the planner says, and keeps the slots that are given instead."""
+
+    def __init__(self, kv_cache_spec: AttentionSpec, **arguments: Any) -> None:
+        """See vLLM's."""
+        super().__init__(kv_cache_spec, **arguments)
+        self.planner: OffloadPlanner | None = None
+        self._offloaded: dict[str, Offloaded] = {}
+        self._slots: dict[str, list[KVCacheBlock]] = {}
+
+    def offloaded(self, request_id: str) -> Offloaded:
+        """Return what is out of the pool."""
+        return self._offloaded.get(request_id, Offloaded())
+
+    def slots(self, request_id: str) -> tuple[int, ...]:
+        """Return the blocks that serve as the request's slots."""
+        return tuple(block.block_id for block in self._slots.get(request_id, ()))
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Free what may go; vLLM calls this before it allocates for a step.
+
+        ``processed_computed_tokens`` are those of steps that have ended, which is what the store
+        can have.
+        """
+        if self.planner is None or not self.req_to_blocks.get(request_id):
+            return
+        plan = self.planner.plan(
+            request_id,
+            tokens=processed_computed_tokens,
+            prompt_tokens=num_prompt_tokens or 0,
+        )
+        if plan == self.offloaded(request_id):
+            return
+        self._remove_blocks_in_range(request_id, plan.first, plan.last)
+        slots = self._slots.setdefault(request_id, [])
+        # What was just freed is room enough at first; later there may be none to be had.
+        more = min(plan.slots - len(slots), self.block_pool.get_num_free_blocks())
+        slots.extend(self.block_pool.get_new_blocks(max(0, more)))
+        self._offloaded[request_id] = plan
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Make whole blocks known to vLLM's prefix cache, of the prompt only.
+
+        What is decoded sparsely is not what dense attention would have computed.
+        """
+        if self.planner is not None:
+            num_tokens = min(num_tokens, request.num_prompt_tokens)
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Return all that the request holds, its slots last."""
+        self._offloaded.pop(request_id, None)
+        if self.planner is not None:
+            self.planner.forget(request_id)
+        held: Sequence[KVCacheBlock] = super().pop_blocks_for_free(request_id)
+        return [*held, *self._slots.pop(request_id, ())]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseSpec(FullAttentionSpec):
+    """Full attention whose blocks may leave the pool."""
+
+    @classmethod
+    def of(cls, spec: FullAttentionSpec) -> SparseSpec:
+        """Return the same spec as one of this kind."""
+        return cls(**{field.name: getattr(spec, field.name) for field in fields(spec)})
+
+
+def register() -> None:
+    """Make the spec known to vLLM; a process may do it twice."""
+    # A registry that is not empty is taken for one that has vLLM's own specs.
+    KVCacheSpecRegistry._ensure_registered()  # noqa: SLF001 - there is no public way
+    KVCacheSpecRegistry.register(
+        SparseSpec, manager_class=SparseManager, uniform_type_base_spec=FullAttentionSpec
+    )

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: MIT
+"""The worker side of sparse attention: tables, slots and what fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ucm_sdk.connector import KVMemory, SparseChange, SparsePlan, SparseWorkerSide
+from ucm_sdk.layout import KVLayout
+from ucm_sdk.sparse import SparseBudget, SparseKVManager, make_method
+from ucm_sdk.store import KVStoreBase, StoreContext, open_store
+from ucm_sdk.telemetry import Recorder
+from ucm_sdk.testing.sparse_suite import GEOMETRY, keys_of, plant, query_of
+from ucm_sdk.testing.store_suite import NAMESPACE, dump, ids_of
+
+B, LAYERS = GEOMETRY.block_tokens, GEOMETRY.layers
+PIECE = 64
+LAYOUT = KVLayout(B, (PIECE,) * LAYERS, 3, 32, "float32", "sparse")
+BLOCKS = 40
+TABLE = np.arange(100, 100 + BLOCKS + 10, dtype=np.int32)
+SLOTS = tuple(range(200, 210))
+IDS = ids_of(BLOCKS)
+PAYLOADS = np.repeat(np.arange(BLOCKS, dtype=np.uint8)[:, None], PIECE * LAYERS, axis=1)
+
+
+class Worker:
+    """A worker side over memory in which every page says what lies in it."""
+
+    def __init__(self, path: Path, *, stored: list[int], faults: dict[str, Any] | None) -> None:
+        inner = {"kind": "memory", "area": str(path)}
+        self.recorder = Recorder()
+        context = StoreContext(NAMESPACE, LAYOUT, recorder=self.recorder)
+        good: KVStoreBase = open_store(inner, context)
+        if stored:
+            dump(good, [IDS[block] for block in stored], PAYLOADS[stored])
+        self.store = (
+            open_store({"kind": "faulty", "inner": inner, **faults}, context) if faults else good
+        )
+        self.pages = np.full((LAYERS, 256, PIECE), 255, np.uint8)
+        strides = np.full(LAYERS, PIECE, np.uint64)
+        bases = np.array([layer.ctypes.data for layer in self.pages], np.uint64)
+        method = make_method("quest", GEOMETRY)
+        self.manager = SparseKVManager(method, SparseBudget(ratio=0.2, min_tokens=0))
+        memory = KVMemory(bases, strides, owners=self.pages)
+        self.side = SparseWorkerSide(self.manager, self.store, memory, load_timeout_s=1.0)
+        self.keys = keys_of(BLOCKS + 10)
+
+    def begin(self, *, offloaded: bool = True, slots: tuple[int, ...] = SLOTS) -> None:
+        cut = self.manager.budget.cut(BLOCKS * B, B)
+        ids = tuple(IDS[cut.first : cut.last])
+        change = SparseChange("r", cut.first, cut.last, ids, slots)
+        self.side.begin_step(
+            SparsePlan(
+                begun=(("r", BLOCKS * B),),
+                tails=((int(TABLE[BLOCKS - 1]), "r"),),
+                changes=(change,) if offloaded else (),
+            )
+        )
+
+    def table(self, query: np.ndarray, *, layer: int = 1, tokens: int = BLOCKS * B) -> Any:
+        self.side.summarise(
+            layer,
+            "r",
+            computed_tokens=tokens - 1,
+            tokens=tokens,
+            keys=lambda blocks: self.keys[blocks.start : blocks.stop],
+        )
+        return self.side.table(layer, "r", query, tokens=tokens, blocks=TABLE)
+
+    def counted(self, name: str) -> float:
+        drained = self.recorder.drain().counters
+        return sum(value for key, value in drained.items() if key.startswith(name))
+
+
+def make(path: Path, *, stored: Any = range(BLOCKS), **faults: Any) -> Worker:
+    return Worker(path, stored=list(stored), faults=faults or None)
+
+
+def test_what_is_in_the_pool_is_attended_to_in_place(tmp_path: Path) -> None:
+    worker = make(tmp_path)
+    worker.begin(offloaded=False)
+    query = query_of()
+    plant(worker.keys, 20, query)
+    table = worker.table(query)
+    cut = worker.manager.budget.cut(BLOCKS * B, B)
+    assert len(table) == cut.first + cut.chosen + cut.blocks - cut.last
+    assert table[0] == TABLE[0]
+    assert table[-3:].tolist() == TABLE[BLOCKS - 3 : BLOCKS].tolist()
+    assert TABLE[20] in table
+    assert (np.diff(table) > 0).all()
+
+
+def test_chosen_blocks_that_left_the_pool_come_into_slots(tmp_path: Path) -> None:
+    worker = make(tmp_path)
+    worker.begin()
+    query = query_of()
+    plant(worker.keys, 20, query)
+    table = worker.table(query)
+    cut = worker.manager.budget.cut(BLOCKS * B, B)
+    chosen = worker.manager.choose("r", 1, query, tokens=BLOCKS * B)
+    assert chosen is not None
+    slots = table[cut.first : cut.first + cut.chosen]
+    assert set(slots.tolist()) <= set(SLOTS)
+    for slot, block in zip(slots, chosen.middle[0], strict=True):
+        assert (worker.pages[1, slot] == block).all()
+    assert (worker.pages[0] == 255).all()
+    assert (worker.pages[2] == 255).all()
+
+
+def test_the_same_choice_loads_nothing_again(tmp_path: Path) -> None:
+    worker = make(tmp_path)
+    worker.begin()
+    first = worker.table(query_of())
+    worker.counted("ucm_")
+    assert (worker.table(query_of()) == first).all()
+    counters = worker.recorder.drain().counters
+    assert "ucm_sparse_slot_blocks|load" not in counters
+    assert counters["ucm_sparse_slot_blocks|hit"] == 7
+
+
+def test_a_block_that_is_not_there_is_left_out(tmp_path: Path) -> None:
+    worker = make(tmp_path, stored=[block for block in range(BLOCKS) if block != 20])
+    worker.begin()
+    query = query_of()
+    plant(worker.keys, 20, query)
+    table = worker.table(query)
+    cut = worker.manager.budget.cut(BLOCKS * B, B)
+    assert len(table) == cut.first + cut.chosen - 1 + cut.blocks - cut.last
+    for slot in table[cut.first : cut.first + cut.chosen - 1]:
+        assert (worker.pages[1, slot] < BLOCKS).all()
+    assert worker.counted("ucm_sparse_missed_blocks") == 1
+    # It is asked for again, since it may have come.
+    dump(worker.store, [IDS[20]], PAYLOADS[20:21])
+    assert len(worker.table(query)) == len(table) + 1
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [{"failure": "io", "load_failure_rate": 1.0}, {"failure": "corrupt", "load_failure_rate": 1.0}],
+)
+def test_a_store_that_fails_leaves_sink_and_recent(tmp_path: Path, faults: dict) -> None:
+    worker = make(tmp_path, **faults)
+    worker.begin()
+    table = worker.table(query_of())
+    assert table.tolist() == [100, *TABLE[BLOCKS - 3 : BLOCKS].tolist()]
+
+
+def test_a_closed_store_leaves_sink_and_recent(tmp_path: Path) -> None:
+    worker = make(tmp_path)
+    worker.begin()
+    worker.store.close()
+    assert len(worker.table(query_of())) == 4
+
+
+def test_fewer_slots_than_chosen_blocks_are_never_overrun(tmp_path: Path) -> None:
+    worker = make(tmp_path)
+    worker.begin(slots=SLOTS[:3])
+    table = worker.table(query_of())
+    assert len(table) == 1 + 3 + 3
+    assert worker.counted("ucm_sparse_missed_blocks") == 4
+
+
+def test_without_summaries_what_is_in_the_pool_is_attended_to(tmp_path: Path) -> None:
+    worker = make(tmp_path)
+    worker.begin()
+    query = query_of()
+    tokens = (BLOCKS + 4) * B
+    worker.table(query)
+    table = worker.side.table(1, "r", query, tokens=tokens, blocks=TABLE)
+    # Blocks 37 to 40 have come into the middle, are not summarised and have not left.
+    assert table.tolist() == [100, *TABLE[37 : BLOCKS + 4].tolist()]
+    worker.begin(offloaded=False)
+    assert worker.side.table(1, "r", query, tokens=tokens, blocks=TABLE) is None
+
+
+def test_a_restarted_request_uses_no_slot_of_before(tmp_path: Path) -> None:
+    worker = make(tmp_path)
+    worker.begin()
+    worker.table(query_of())
+    tail = int(TABLE[BLOCKS - 1])
+    worker.side.begin_step(SparsePlan(restarted=("r",), tails=((tail, "r"),)))
+    assert not set(worker.table(query_of()).tolist()) & set(SLOTS)
+
+
+def test_a_finished_request_is_forgotten(tmp_path: Path) -> None:
+    worker = make(tmp_path)
+    worker.begin()
+    worker.side.begin_step(SparsePlan(finished=("r", "never seen")))
+    assert worker.side.request_of(int(TABLE[BLOCKS - 1])) is None
+    assert "r" not in worker.manager

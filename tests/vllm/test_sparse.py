@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: MIT
+"""Sparse attention and its offload in real vLLM with the real model."""
+
+from __future__ import annotations
+
+import pydoc
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ucm_sdk.sparse import METHODS, SparseBudget
+
+BLOCK = 32
+# A boundary, beside it, and a length that takes several prefill chunks.
+LENGTHS = [640, 641, 1300]
+NEW = 40
+
+Job = Callable[..., dict[str, Any]]
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="session")
+def prompts(model_path: Path) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(model_path).encode(
+        Path(pydoc.__file__).read_text(), verbose=False
+    )
+    return [ids[1000 * index : 1000 * index + length] for index, length in enumerate(LENGTHS)]
+
+
+def config(directory: Path, method: str = "quest", *, offload: bool = False, **more: Any) -> dict:
+    budget = {"ratio": more.pop("ratio", 0.2), "min_tokens": more.pop("min_tokens", 0)}
+    options = {"dense_layers": []} if offload else {}
+    return {
+        "store": more.pop("store", {"kind": "file", "directory": str(directory)}),
+        "sparse": {"method": method, "budget": budget, "options": options, "offload": offload},
+        **more,
+    }
+
+
+def batch(prompts: list[list[int]], **more: Any) -> dict[str, Any]:
+    return {"prompts": prompts, "max_tokens": NEW, "together": True, **more}
+
+
+def outputs(result: dict[str, Any], index: int = 0) -> list[tuple[list, list]]:
+    return [(one["tokens"], one["logprobs"]) for one in result["batches"][index]]
+
+
+def assert_same(found: list[tuple[list, list]], wanted: list[tuple[list, list]]) -> None:
+    for (tokens, logprobs), (other_tokens, other_logprobs) in zip(found, wanted, strict=True):
+        assert tokens == other_tokens
+        for mine, other in zip(logprobs, other_logprobs, strict=True):
+            assert mine == pytest.approx(other, abs=1e-4)
+
+
+@pytest.fixture(scope="session")
+def dense(job: Job, prompts: list[list[int]]) -> list[tuple[list, list]]:
+    return outputs(job(None, batch(prompts)))
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+def test_the_full_budget_gives_dense_results(
+    method: str, job: Job, prompts: list[list[int]], dense: list[tuple[list, list]], tmp_path: Path
+) -> None:
+    assert_same(outputs(job(config(tmp_path, method, ratio=1.0), batch(prompts))), dense)
+
+
+def test_a_short_request_stays_dense(
+    job: Job, prompts: list[list[int]], dense: list[tuple[list, list]], tmp_path: Path
+) -> None:
+    sparse = config(tmp_path, "window", offload=True, min_tokens=5000)
+    assert_same(outputs(job(sparse, batch(prompts))), dense)
+
+
+@pytest.fixture(scope="session")
+def resident(job: Job, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return what sparse attention gives while everything stays in the pool."""
+    directory = tmp_path_factory.mktemp("resident")
+    return outputs(job(config(directory), batch(prompts)))
+
+
+def test_sparse_attention_is_not_dense(dense: Any, resident: Any) -> None:
+    assert any(mine[1] != other[1] for mine, other in zip(resident, dense, strict=True))
+
+
+def test_offload_changes_where_blocks_lie_and_nothing_else(
+    job: Job, prompts: list[list[int]], resident: Any, tmp_path: Path
+) -> None:
+    sparse = config(tmp_path, offload=True)
+    result = job(sparse, batch(prompts), batch(prompts), batch(prompts, reset=True))
+    for index in range(3):  # computed; from vLLM's own prefix cache; from the store
+        assert_same(outputs(result, index), resident)
+    cached = [[one["cached"] for one in entries] for entries in result["batches"]]
+    hits = [(length - 1) // BLOCK * BLOCK for length in LENGTHS]
+    assert cached == [[0, 0, 0], hits, hits]
+    assert result["metrics"]["ucm_sparse_slot_blocks_total|load"] > 0
+    assert "ucm_sparse_missed_blocks_total" not in result["metrics"]
+    for seen in result["seen"]:
+        assert seen["free_at_end"] == seen["total_blocks"]
+
+
+def test_a_long_request_holds_a_part_of_its_blocks(
+    job: Job, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    long = (prompts[2] * 3)[:3500]
+    seen = job(config(tmp_path, offload=True), batch([long]))["seen"][0]
+    blocks = -(-len(long) // BLOCK)
+    assert seen["least_used_by"]["1"] <= 0.3 * blocks
+    budget = SparseBudget(min_tokens=0)
+    most = 1 + budget.slots(len(long) + NEW, BLOCK) + budget.recent_blocks + 2
+    assert seen["least_used_by"]["1"] <= most
+
+
+def test_more_requests_run_at_once_in_the_same_pool(
+    job: Job, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    four = [prompts[2][100 * index : 100 * index + 1200] for index in range(2)] * 2
+    four = [[*prompt, index] for index, prompt in enumerate(four)]
+    blocks = -(-(1201 + NEW) // BLOCK)
+    pool = {"num_gpu_blocks_override": 2 * blocks + 1, "enable_prefix_caching": False}
+    few = job(None, batch(four), **pool)["seen"][0]
+    many = job(config(tmp_path, "transform", offload=True), batch(four), **pool)["seen"][0]
+    assert few["running_at_most"] == 2
+    assert many["running_at_most"] == 4
+    assert many["free_at_end"] == many["total_blocks"]
+
+
+def test_samples_that_share_a_prompt_keep_it(
+    job: Job, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    three = batch([prompts[1]], n=3)
+    sparse = config(tmp_path / "offload", offload=True)
+    offloaded = job(sparse, three, three, enable_prefix_caching=True)
+    whole = job(config(tmp_path / "resident"), three, enable_prefix_caching=True)
+    assert_same(outputs(offloaded), outputs(whole))
+    assert_same(outputs(offloaded, 1), outputs(whole))
+
+
+def test_a_store_that_loses_blocks_costs_quality_and_nothing_else(
+    job: Job, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    inner = {"kind": "file", "directory": str(tmp_path)}
+    store = {"kind": "faulty", "inner": inner, "load_failure_rate": 0.3, "failure": "corrupt"}
+    result = job(config(tmp_path, offload=True, store=store), batch(prompts))
+    assert all(len(one["tokens"][0]) == NEW for one in result["batches"][0])
+    assert result["metrics"]["ucm_sparse_missed_blocks_total"] > 0
+    assert result["seen"][0]["free_at_end"] == result["seen"][0]["total_blocks"]
+
+
+def test_many_mixed_requests_with_preemption_leak_no_block(
+    job: Job, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    random_ = random.Random(5)
+    lengths = [random_.choice([31, 64, 100, 320, 321, 480]) for _ in range(40)]
+    mixed = [prompts[2][index : index + length] for index, length in enumerate(lengths)]
+    pool = {"num_gpu_blocks_override": 36, "max_num_seqs": 8}
+    result = job(config(tmp_path, offload=True), batch(mixed), **pool)
+    assert result["seen"][0]["preempted"] > 0
+    assert all(len(one["tokens"][0]) == NEW for one in result["batches"][0])
+    assert result["seen"][0]["free_at_end"] == result["seen"][0]["total_blocks"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "nothing"}, "sparse.kind='nothing': unknown"),
+        ({"options": {"share": "kv_head"}}, "share='kv_head': vLLM has one block table a layer"),
+        ({"options": {"dense_layers": [0]}}, "dense_layers=\\[0\\] need the whole cache"),
+        ({"budget": {"ratio": 2}}, "sparse.budget.ratio=2"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_the_start(
+    changes: dict, message: str, job: Job, tmp_path: Path
+) -> None:
+    import re
+
+    refused = config(tmp_path, offload=True)
+    refused["sparse"] |= changes
+    assert re.search(message, job(refused, batch([[1]]), fails=True)["log"])
