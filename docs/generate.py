@@ -23,8 +23,9 @@ import pydantic
 from pydantic.fields import FieldInfo
 
 from ucm_sdk import telemetry
-from ucm_sdk.connector import ConnectorOptions, UcmConfig
+from ucm_sdk.connector import ConnectorOptions, SparseConfig, UcmConfig
 from ucm_sdk.errors import Status
+from ucm_sdk.sparse import METHODS, MethodOptions, SparseBudget, UcmSparseBase
 from ucm_sdk.store import STORES, store_class
 
 REFERENCE: Final = Path(__file__).parent / "reference"
@@ -37,6 +38,7 @@ TYPE_NAMES: Final = {
     bool: "true or false",
     Path: "path",
     dict: "table",
+    frozenset: "list of whole numbers",
     types.NoneType: "none",
 }
 BOUNDS: Final = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
@@ -46,6 +48,7 @@ PROCESSORS: Final = "the number of processors, at least 2 and at most 4"
 COMPUTED_DEFAULTS: Final = {
     ("FileOptions", "io_threads"): PROCESSORS,
     ("SharedMemoryOptions", "io_threads"): PROCESSORS,
+    ("SparseConfig", "options"): "none",
 }
 """Defaults that depend on the machine, in words."""
 
@@ -153,6 +156,10 @@ LABEL_VALUES: Final[dict[tuple[str, str], dict[str, str]]] = {
         "recompute": "in the store, and expected to be computed sooner than loaded",
         "skipped": "not asked, as for a prompt of less than a block, or no answer in time",
     },
+    ("ucm_sparse_slot_blocks", "result"): {
+        "hit": "already in a slot of the request",
+        "load": "loaded from the store, or tried to",
+    },
     ("ucm_timeouts", "operation"): {"lookup": "of a request's prefix", **OPERATIONS},
     ("ucm_dropped_save_blocks", "reason"): {
         "unavailable": "the breaker is open",
@@ -188,7 +195,8 @@ def default_text(model: type[pydantic.BaseModel], key: str, field: FieldInfo) ->
         return "its defaults"
     if field.default is None:
         return "none"
-    return f"`{json.dumps(field.default)}`"
+    values = sorted(field.default) if isinstance(field.default, frozenset) else field.default
+    return f"`{json.dumps(values)}`"
 
 
 def constraint_text(model: type[pydantic.BaseModel], key: str, field: FieldInfo) -> str:
@@ -213,17 +221,26 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def model_section(title: str, model: type[pydantic.BaseModel]) -> list[str]:
-    """Return a heading, the model's docstring and its keys."""
+def inherited(key: str) -> str | None:
+    """Return the meaning of an option whose default a method changes."""
+    field = MethodOptions.model_fields.get(key)
+    return field.description if field is not None else None
+
+
+def model_section(
+    title: str, model: type[pydantic.BaseModel], keys: Sequence[str] | None = None
+) -> list[str]:
+    """Return a heading, the model's docstring and its keys, or some of them."""
     rows = [
         (
             f"`{key}`",
             type_text(field.annotation),
             default_text(model, key, field),
             constraint_text(model, key, field),
-            prose(field.description),
+            prose(field.description or inherited(key)),
         )
         for key, field in model.model_fields.items()
+        if keys is None or key in keys
     ]
     head = ("key", "type", "default", "constraint", "meaning")
     return [f"## {title}", "", prose(model.__doc__), "", *table(head, rows), ""]
@@ -240,6 +257,9 @@ def configuration() -> str:
     lines = [NOTE, "", CONFIGURATION_HEAD]
     lines += model_section("The top level", UcmConfig)
     lines += model_section("`connector`", ConnectorOptions)
+    lines += model_section("`sparse`", SparseConfig)
+    lines += model_section("`sparse.budget`", SparseBudget)
+    lines += method_sections()
     for kind in built_in_stores():
         lines += model_section(f"`store`, with `kind = {kind}`", store_class(kind).Options)
     lines += [
@@ -248,6 +268,26 @@ def configuration() -> str:
         "It has the keys of its own `Options`, see [Write a store](../how-to/write-a-store.md).",
     ]
     return "\n".join(lines) + "\n"
+
+
+def method_sections() -> list[str]:
+    """Return the options that all sparse methods have, and what each one has of its own."""
+    lines = model_section("`sparse.options`, of every method", MethodOptions)
+    common = set(MethodOptions.model_fields)
+    for name in METHODS.names():
+        method = METHODS.get(name)
+        assert isinstance(method, type)
+        assert issubclass(method, UcmSparseBase)
+        if not method.__module__.startswith("ucm_sdk."):
+            continue
+        own = [
+            key
+            for key, field in method.Options.model_fields.items()
+            if key not in common or field.default != MethodOptions.model_fields[key].default
+        ]
+        if own:
+            lines += model_section(f"`sparse.options`, with `method = {name}`", method.Options, own)
+    return lines
 
 
 def exported_name(metric: telemetry.Metric) -> str:
