@@ -90,10 +90,11 @@ int ucm_score_hash(const ucm_score_shape *shape, uint32_t tokens, uint32_t bytes
 }
 
 int ucm_score_tables(const ucm_score_shape *shape, uint32_t planes, uint32_t tokens,
-                     const float *tables, const uint8_t *codes, float *scores)
+                     const float *tables, const uint8_t *codes, const uint16_t *scales,
+                     float *scores)
 {
     if (!valid(shape) || !tokens || tokens > UCM_SCORE_MOST_TOKENS)
         return UCM_INVALID;
-    variant()->tables(shape, planes, tokens, tables, codes, scores);
+    variant()->tables(shape, planes, tokens, tables, codes, scales, scores);
     return UCM_OK;
 }

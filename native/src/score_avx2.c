@@ -49,6 +49,13 @@ static inline float sum_of(__m256 values)
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 
+static inline float top_of(__m256 values)
+{
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+}
+
 typedef uint64_t word_lanes __attribute__((vector_size(32)));
 
 /* Halves of bytes looked up in a table of 16, then summed over each word (Mula). */

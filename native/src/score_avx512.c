@@ -43,6 +43,11 @@ static inline float sum_of(__m512 values)
     return _mm512_reduce_add_ps(values);
 }
 
+static inline float top_of(__m512 values)
+{
+    return _mm512_reduce_max_ps(values);
+}
+
 typedef uint64_t word_lanes __attribute__((vector_size(64)));
 
 static inline word_lanes bits_of(word_lanes words)

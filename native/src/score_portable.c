@@ -51,6 +51,13 @@ static inline float sum_of(lanes values)
     return (values[0] + values[1]) + (values[2] + values[3]);
 }
 
+static inline float top_of(lanes values)
+{
+    float a = values[0] > values[1] ? values[0] : values[1];
+    float b = values[2] > values[3] ? values[2] : values[3];
+    return a > b ? a : b;
+}
+
 typedef uint64_t word_lanes __attribute__((vector_size(16)));
 
 static inline word_lanes bits_of(word_lanes words)

@@ -2,7 +2,8 @@
 /*
  * The kernels, for vectors of LANES floats; included once by the file of each instruction set,
  * which defines LANES, NAME, INSTRUCTION_SET and, for its vectors: load_float16(), load_bfloat16(),
- * widen() of LANES bytes, lookup16() in a table of 16, most_of() two, sum_of() all lanes, and for
+ * widen() of LANES bytes, lookup16() in a table of 16, most_of() two, sum_of() and top_of() all
+ * lanes, and for
  * vectors of 64-bit words bits_of(), the number of bits set in each.
  */
 #include <math.h>
@@ -13,6 +14,7 @@ typedef int32_t whole __attribute__((vector_size(LANES * 4), aligned(4), may_ali
 typedef uint64_t words __attribute__((vector_size(LANES * 4), aligned(1), may_alias));
 
 enum { MOST_GROUP = 4 }; /* query heads that share one pass over a summary */
+enum { TILE_ROWS = 256, TILE_BLOCKS = 16 };
 
 static inline vector splat(float value)
 {
@@ -45,9 +47,7 @@ static float logsumexp(float *values, uint32_t count)
     vector most = splat(-INFINITY);
     for (uint32_t i = 0; i < count; i += LANES)
         most = most_of(*(vector *)(values + i), most);
-    float peak = most[0];
-    for (int i = 1; i < LANES; i++)
-        peak = most[i] > peak ? most[i] : peak;
+    float peak = top_of(most);
     vector sum = {0};
     for (uint32_t i = 0; i < count; i += LANES)
         sum += exp_of(*(vector *)(values + i) - peak);
@@ -80,7 +80,7 @@ static inline float load_one(const uint8_t *at, int dtype)
 /* The products of one vector of keys with some query heads. */
 static inline __attribute__((always_inline)) void products(
     const uint8_t *key, uint32_t size, int dtype, size_t item, const float *queries,
-    uint32_t heads, float *results)
+    const uint32_t heads, float *results)
 {
     vector sums[MOST_GROUP] = {{0}};
     uint32_t i = 0;
@@ -120,29 +120,53 @@ static inline __attribute__((always_inline)) void bounds(
         }
 }
 
-/* Runs its body for each query and block, and up to MOST_GROUP query heads of each KV head: `row` is
- * the first of these among all [Q][H][g], `of` the block's part for the KV head among all [n][H].
- * Blocks are read in the order in which they lie. */
+/* Runs its body for each query and block, and up to MOST_GROUP query heads of each KV head: HEADS,
+ * a constant, so that their sums stay in registers.  `row` is the first of these among all
+ * [Q][H][g], `of` the block's part for the KV head among all [n][H].  Blocks are read in the order
+ * in which they lie; results are written a few blocks at a time, since those of one block lie
+ * as far apart as rows are long and would push each other out of the cache. */
 #define FOR_EACH_GROUP(...)                                                                        \
-    for (uint32_t query = 0; query < shape->queries; query++)                                      \
-        for (uint32_t block = shape->first; block < shape->first + shape->count; block++)          \
-            for (uint32_t kv = 0; kv < shape->heads; kv++)                                         \
-                for (uint32_t member = 0; member < shape->group; member += MOST_GROUP) {           \
-                    uint32_t heads = shape->group - member;                                        \
-                    heads = heads < MOST_GROUP ? heads : MOST_GROUP;                               \
-                    size_t row = ((size_t)query * shape->heads + kv) * shape->group + member;      \
-                    size_t of = (size_t)block * shape->heads + kv;                                 \
-                    float results[MOST_GROUP];                                                     \
-                    __VA_ARGS__ for (uint32_t head = 0; head < heads; head++)                      \
-                        scores[(row + head) * shape->blocks + block] = results[head];              \
-                }
+    float tile[TILE_ROWS][TILE_BLOCKS];                                                            \
+    const uint32_t rows = shape->queries * shape->heads * shape->group;                            \
+    const uint32_t end = shape->first + shape->count;                                              \
+    const int tiled = rows <= TILE_ROWS;                                                           \
+    const size_t apart = tiled ? TILE_BLOCKS : shape->blocks;                                      \
+    for (uint32_t begin = shape->first; begin < end; begin += TILE_BLOCKS) {                       \
+        const uint32_t wide = end - begin < TILE_BLOCKS ? end - begin : TILE_BLOCKS;               \
+        float *base = tiled ? tile[0] : scores + begin;                                            \
+        for (uint32_t query = 0; query < shape->queries; query++)                                  \
+            for (uint32_t block = begin; block < begin + wide; block++)                            \
+                for (uint32_t kv = 0; kv < shape->heads; kv++)                                     \
+                    for (uint32_t member = 0; member < shape->group; member += MOST_GROUP) {       \
+                        const size_t part = (size_t)query * shape->heads + kv;                     \
+                        const size_t row = part * shape->group + member;                           \
+                        const size_t of = (size_t)block * shape->heads + kv;                       \
+                        float *to = base + row * apart + (block - begin);                          \
+                        switch (shape->group - member) {                                           \
+                        case 1: WITH_HEADS(1, __VA_ARGS__) break;                                  \
+                        case 2: WITH_HEADS(2, __VA_ARGS__) break;                                  \
+                        case 3: WITH_HEADS(3, __VA_ARGS__) break;                                  \
+                        default: WITH_HEADS(4, __VA_ARGS__)                                        \
+                        }                                                                          \
+                    }                                                                              \
+        for (uint32_t row = 0; tiled && row < rows; row++)                                         \
+            memcpy(scores + (size_t)row * shape->blocks + begin, tile[row], 4 * wide);             \
+    }
+
+#define WITH_HEADS(count, ...)                                                                     \
+    {                                                                                              \
+        enum { HEADS = count };                                                                    \
+        float results[HEADS];                                                                      \
+        __VA_ARGS__ for (uint32_t head = 0; head < HEADS; head++)                                  \
+            to[head * apart] = results[head];                                                      \
+    }
 
 static inline __attribute__((always_inline)) void linear_of(
     const ucm_score_shape *shape, uint32_t size, int dtype, size_t item, const float *queries,
     const uint8_t *centres, float *scores)
 {
     FOR_EACH_GROUP(products(centres + of * size * item, size, dtype, item, queries + row * size,
-                            heads, results);)
+                            HEADS, results);)
 }
 
 static void linear(const ucm_score_shape *shape, uint32_t size, int dtype, const float *queries,
@@ -161,7 +185,7 @@ static inline __attribute__((always_inline)) void box_of(
     const uint8_t *low, const uint8_t *high, float *scores)
 {
     FOR_EACH_GROUP(bounds(low + of * size * item, high + of * size * item, size, dtype, item,
-                          queries + row * size, heads, results);)
+                          queries + row * size, HEADS, results);)
 }
 
 static void box(const ucm_score_shape *shape, uint32_t size, int dtype, const float *queries,
@@ -185,24 +209,24 @@ static inline __attribute__((always_inline)) void units_of(
         const float *wanted = queries + row * size;
         uint32_t unit = 0;
         for (; unit + LANES <= units; unit += LANES) {
-            vector total[MOST_GROUP] = {{0}};
+            vector total[HEADS] = {{0}};
             for (uint32_t i = 0; i < size; i++) {
                 vector values = load(mine + ((size_t)i * units + unit) * item, dtype);
-                for (uint32_t head = 0; head < heads; head++)
+                for (uint32_t head = 0; head < HEADS; head++)
                     total[head] += values * wanted[head * size + i];
             }
-            for (uint32_t head = 0; head < heads; head++)
+            for (uint32_t head = 0; head < HEADS; head++)
                 *(vector *)(sums[head] + unit) = total[head];
         }
         for (; unit < units; unit++)
-            for (uint32_t head = 0; head < heads; head++) {
+            for (uint32_t head = 0; head < HEADS; head++) {
                 float total = 0;
                 for (uint32_t i = 0; i < size; i++)
                     total += load_one(mine + ((size_t)i * units + unit) * item, dtype) *
                              wanted[head * size + i];
                 sums[head][unit] = total;
             }
-        for (uint32_t head = 0; head < heads; head++)
+        for (uint32_t head = 0; head < HEADS; head++)
             results[head] = logsumexp(sums[head], units);)
 }
 
@@ -223,7 +247,7 @@ static void hash(const ucm_score_shape *shape, uint32_t tokens, uint32_t bytes,
     const uint32_t planes = bytes / 8;
     FOR_EACH_GROUP(
         const uint8_t *mine = codes + of * tokens * bytes;
-        for (uint32_t head = 0; head < heads; head++) {
+        for (uint32_t head = 0; head < HEADS; head++) {
             const uint8_t *wanted = query_codes + (row + head) * bytes;
             uint64_t least = 8 * bytes;
             words nearest = least - (words){0};
@@ -256,37 +280,42 @@ static void hash(const ucm_score_shape *shape, uint32_t tokens, uint32_t bytes,
 }
 
 static void tables_scores(const ucm_score_shape *shape, uint32_t planes, uint32_t tokens,
-                          const float *tables, const uint8_t *codes, float *scores)
+                          const float *tables, const uint8_t *codes, const uint16_t *scales,
+                          float *scores)
 {
     float sums[MOST_GROUP][UCM_SCORE_MOST_TOKENS + LANES];
-    const size_t width = (size_t)planes * 32; /* floats of one query head's tables */
+    const size_t table_floats = (size_t)planes * 32; /* of one query head */
     FOR_EACH_GROUP(
         const uint8_t *mine = codes + of * planes * tokens;
+        const uint16_t *scale = scales ? scales + of * tokens : NULL;
         uint32_t token = 0;
         for (; token + LANES <= tokens; token += LANES) {
-            vector total[MOST_GROUP] = {{0}};
+            vector total[HEADS] = {{0}};
             for (uint32_t plane = 0; plane < planes; plane++) {
                 whole code = (whole)widen(mine + plane * tokens + token);
                 whole lower = code & 15, upper = code >> 4;
-                for (uint32_t head = 0; head < heads; head++) {
-                    const float *table = tables + (row + head) * width + plane * 32;
+                for (uint32_t head = 0; head < HEADS; head++) {
+                    const float *table = tables + (row + head) * table_floats + plane * 32;
                     total[head] += lookup16(table, lower) + lookup16(table + 16, upper);
                 }
             }
-            for (uint32_t head = 0; head < heads; head++)
-                *(vector *)(sums[head] + token) = total[head];
+            vector factor = splat(1);
+            if (scale)
+                factor = load_float16((const uint8_t *)(scale + token));
+            for (uint32_t head = 0; head < HEADS; head++)
+                *(vector *)(sums[head] + token) = total[head] * factor;
         }
         for (; token < tokens; token++)
-            for (uint32_t head = 0; head < heads; head++) {
-                const float *table = tables + (row + head) * width;
+            for (uint32_t head = 0; head < HEADS; head++) {
+                const float *table = tables + (row + head) * table_floats;
                 float total = 0;
                 for (uint32_t plane = 0; plane < planes; plane++, table += 32) {
                     uint8_t code = mine[plane * tokens + token];
                     total += table[code & 15] + table[16 + (code >> 4)];
                 }
-                sums[head][token] = total;
+                sums[head][token] = scale ? total * float_of_half(scale[token]) : total;
             }
-        for (uint32_t head = 0; head < heads; head++)
+        for (uint32_t head = 0; head < HEADS; head++)
             results[head] = logsumexp(sums[head], tokens);)
 }
 

@@ -16,7 +16,7 @@ typedef struct {
     void (*hash)(const ucm_score_shape *, uint32_t, uint32_t, const uint8_t *, const uint8_t *,
                  float *);
     void (*tables)(const ucm_score_shape *, uint32_t, uint32_t, const float *, const uint8_t *,
-                   float *);
+                   const uint16_t *, float *);
 } ucm_score_variant;
 
 extern const ucm_score_variant ucm_score_portable;

@@ -177,8 +177,15 @@ static void test_hash(void)
 static void test_tables(void)
 {
     for (int tokens = B; tokens > B - 3; tokens--) { /* also none of whole vectors */
+        /* With scales of 1, 1.5, 0.5 and 0.25, and without. */
+        static const uint16_t binary16[4] = {0x3C00, 0x3E00, 0x3800, 0x3400};
+        static const double exact[4] = {1, 1.5, 0.5, 0.25};
+        static uint16_t scales[N * H * B];
+        int scaled = tokens != B - 1;
+        for (int i = 0; i < N * H * tokens; i++)
+            scales[i] = binary16[i % 4];
         CHECK(ucm_score_tables(&shape, PLANES, (uint32_t)tokens, tables[0][0][0][0],
-                               codes[0][0][0], scores[0][0][0]) == 0);
+                               codes[0][0][0], scaled ? scales : NULL, scores[0][0][0]) == 0);
         const uint8_t *packed = (const uint8_t *)codes;
         EACH (q, h, g, n) {
             double sum = 0;
@@ -189,13 +196,13 @@ static void test_tables(void)
                     total += (double)tables[q][h][g][2 * p][code & 15] +
                              tables[q][h][g][2 * p + 1][code >> 4];
                 }
-                sum += exp(total);
+                sum += exp(scaled ? total * exact[((n * H + h) * tokens + b) % 4] : total);
             }
             CHECK(near(scores[q][h][g][n], log(sum)));
         }
     }
     CHECK(ucm_score_tables(&shape, PLANES, UCM_SCORE_MOST_TOKENS + 1, tables[0][0][0][0],
-                           codes[0][0][0], scores[0][0][0]) == UCM_INVALID);
+                           codes[0][0][0], NULL, scores[0][0][0]) == UCM_INVALID);
 }
 
 int main(void)

@@ -21,6 +21,7 @@ B, LAYERS = GEOMETRY.block_tokens, GEOMETRY.layers
 PIECE = 64
 LAYOUT = KVLayout(B, (PIECE,) * LAYERS, 3, 32, "float32", "sparse")
 BLOCKS = 40
+PROMPT = BLOCKS * B - 5
 TABLE = np.arange(100, 100 + BLOCKS + 10, dtype=np.int32)
 SLOTS = tuple(range(200, 210))
 IDS = ids_of(BLOCKS)
@@ -55,7 +56,7 @@ class Worker:
         change = SparseChange("r", cut.first, cut.last, ids, slots)
         self.side.begin_step(
             SparsePlan(
-                begun=(("r", BLOCKS * B),),
+                begun=(("r", PROMPT),),
                 tails=((int(TABLE[BLOCKS - 1]), "r"),),
                 changes=(change,) if offloaded else (),
             )
@@ -184,6 +185,20 @@ def test_a_restarted_request_uses_no_slot_of_before(tmp_path: Path) -> None:
     tail = int(TABLE[BLOCKS - 1])
     worker.side.begin_step(SparsePlan(restarted=("r",), tails=((tail, "r"),)))
     assert not set(worker.table(query_of()).tolist()) & set(SLOTS)
+
+
+def test_the_last_token_of_a_prompt_attends_to_everything(tmp_path: Path) -> None:
+    worker = make(tmp_path)
+    worker.begin(offloaded=False)
+    assert worker.table(query_of(), tokens=PROMPT) is None
+    assert worker.table(query_of(), tokens=PROMPT + 1) is not None
+
+
+def test_a_step_of_several_tokens_needs_every_block(tmp_path: Path) -> None:
+    worker = make(tmp_path)
+    worker.begin()
+    with pytest.raises(AssertionError):
+        worker.side.summarise(1, "r", computed_tokens=3, tokens=5, keys=lambda _: worker.keys)
 
 
 def test_a_finished_request_is_forgotten(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.evaluation import needles, report, texts
 from ucm_sdk.evaluation.copying import CopyTask
+from ucm_sdk.evaluation.hashing import train_model
 from ucm_sdk.evaluation.llama import Llama
 from ucm_sdk.evaluation.sparse import Point, SparseAttention, divergence, log_probabilities
 
@@ -194,3 +195,11 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "model_type": "qwen2"}))
     with pytest.raises(ConfigError, match="model_type='qwen2'"):
         Llama(tmp_path)
+
+
+def test_projections_are_trained_for_every_layer_and_head(model: Llama) -> None:
+    layers = list(train_model(model, [TOKENS[:400], TOKENS[100:500]], bits=8, steps=5))
+    assert len(layers) == 3
+    for projections in layers:
+        assert projections.shape == (2, 8, 8)
+        assert np.isfinite(projections).all()

@@ -40,7 +40,11 @@ CASES = {
     ),
     "unit_scores": lambda dtype: (floats(Q, H, G, D), floats(N, H, D, B, seed=1).astype(dtype)),
     "hash_scores": lambda _: (octets(Q, H, G, 16), octets(N, H, 2, B, 8, seed=1)),
-    "table_scores": lambda _: (floats(Q, H, G, 6, 16), octets(N, H, 3, B, seed=1)),
+    "table_scores": lambda dtype: (
+        floats(Q, H, G, 6, 16),
+        octets(N, H, 3, B, seed=1),
+        None if dtype is np.float32 else floats(N, H, B, seed=2).astype(dtype),
+    ),
 }
 
 

@@ -42,6 +42,10 @@ class TestGsaOnTheDevice(SparseSuite):
     options = {"form": "device"}
 
 
+class TestRotated(SparseSuite):
+    method = "rotated"
+
+
 class TestTransform(SparseSuite):
     method = "transform"
 
@@ -72,10 +76,15 @@ def test_scores_are_what_their_formulas_say() -> None:
     assert np.allclose(scores_of(make_method("quest", GEOMETRY), keys, query), box, atol=1e-4)
 
 
-@pytest.mark.parametrize(("bits", "most"), [(1, 0.5), (2, 0.25)])
-def test_transform_estimates_block_masses(bits: int, most: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "options", "most"),
+    [("transform", {}, 0.5), ("transform", {"value_bits": 2}, 0.25), ("rotated", {}, 0.25)],
+)
+def test_what_keeps_every_token_estimates_block_masses(
+    name: str, options: dict, most: float
+) -> None:
     keys, query = keys_of(64), query_of()
-    method = make_method("transform", GEOMETRY, options={"value_bits": bits})
+    method = make_method(name, GEOMETRY, options=options)
     errors = scores_of(method, keys, query) - block_masses(keys, query)
     # A bias that all blocks share changes no choice.
     assert (errors - errors.mean(-1, keepdims=True)).std() < most

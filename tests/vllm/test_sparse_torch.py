@@ -58,6 +58,10 @@ class TestGsa(TorchSuite):
     method = "gsa"
 
 
+class TestRotated(TorchSuite):
+    method = "rotated"
+
+
 class TestTransform(TorchSuite):
     method = "transform"
 

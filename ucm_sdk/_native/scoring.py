@@ -68,10 +68,14 @@ def hash_scores(query_codes: NDArray[np.uint8], codes: NDArray[np.uint8]) -> Flo
     return call.run(_lib.ucm_score_hash, tokens, 8 * words, call.queries, _data(codes))
 
 
-def table_scores(tables: Floats, codes: NDArray[np.uint8]) -> Floats:
-    """Return the log-sum-exp over tokens of sums of table entries."""
+def table_scores(
+    tables: Floats, codes: NDArray[np.uint8], scales: NDArray[np.float16] | None = None
+) -> Floats:
+    """Return the log-sum-exp over tokens of sums of table entries, each token's times its scale."""
     call = _Call(tables, len(codes))
-    return call.run(_lib.ucm_score_tables, *codes.shape[2:], call.queries, _data(codes))
+    kept = None if scales is None else _data(scales)
+    factors = _ffi.NULL if kept is None else _ffi.cast("uint16_t *", kept)
+    return call.run(_lib.ucm_score_tables, *codes.shape[2:], call.queries, _data(codes), factors)
 
 
 class _Call:

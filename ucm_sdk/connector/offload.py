@@ -95,8 +95,9 @@ class OffloadPlanner:
     def plan(self, request_id: str, *, tokens: int, prompt_tokens: int) -> Offloaded:
         """Return what may be out of the pool when ``tokens`` tokens have been computed.
 
-        It only ever grows until ``forget``.  Nothing leaves before the prompt has been computed,
-        and nothing where slots would take as much as is freed.
+        It only ever grows until ``forget``.  Nothing leaves before ``prompt_tokens`` have been
+        computed, what a request must compute with all of its KV at hand, and nothing where slots
+        would take as much as is freed.
         """
         request = self._requests.setdefault(request_id, _Request())
         self._renew(request_id, request)

@@ -107,6 +107,9 @@ class SparseWorkerSide:
 
         ``computed_tokens`` were there before the step, ``tokens`` are there now.
         """
+        request = self._requests[id]
+        # Such a step attends to all blocks; the planner offloads none before the last of them.
+        assert tokens - computed_tokens == 1 or request.last <= request.first, id
         self._manager.rewind(id, layer, computed_tokens)
         pending = self._manager.pending(id, layer, tokens)
         if pending:
@@ -130,6 +133,8 @@ class SparseWorkerSide:
         out.
         """
         request = self._requests[id]
+        if tokens <= self._manager.prompt_tokens(id):
+            return None  # the prompt's last token is not decoded, though it may come alone
         choice = self._manager.choose(id, layer, queries, tokens=tokens, known=known)
         cut = self._manager.budget.cut(tokens, self._manager.method.geometry.block_tokens)
         if choice is None:

@@ -18,13 +18,15 @@ from rich.table import Table
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.evaluation import needles, report, texts
 from ucm_sdk.evaluation.copying import CopyTask
+from ucm_sdk.evaluation.hashing import train_model
 from ucm_sdk.evaluation.llama import Llama
 from ucm_sdk.evaluation.sparse import CONTROLS, Point
+from ucm_sdk.sparse.kvcomp import write_projections
 
 app = typer.Typer(no_args_is_help=True, help="Judge methods with a real model.")
 
 _DEFAULT: Final = (
-    *CONTROLS, "window", "esa", "gsa", "kvstar", "kvcomp", "quest", "transform", "transform:2",
+    *CONTROLS, "window", "esa", "gsa", "kvstar", "kvcomp", "quest", "rotated", "transform", "transform:2",
 )  # fmt: skip
 _NEEDLE_KEYS: Final = (1, 1, 1, 5)
 """Keys hidden in the prompts of one length and text."""
@@ -196,3 +198,26 @@ def evaluate_needles(
         )
     output.write_text(json.dumps(rows, indent=1) + "\n")
     _print({name: str(value) for name, value in row.items()} for row in rows)
+
+
+@app.command("train-hash")
+def train_hash(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="A file for the option `weights` of kvcomp.")],
+    *,
+    tokens: Annotated[int, typer.Option(min=512, help="Tokens of a text.")] = 4096,
+    bits: Annotated[int, typer.Option(help="Bits of a code.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of descent per layer and head.")] = 300,
+    documents: Annotated[Path | None, typer.Option(help="A directory of .txt files.")] = None,
+) -> None:
+    """Train the projections of hash codes on texts that no result is reported on."""
+    encode, llama = _tokenizer(model), Llama(model)
+    read = texts.tuning() if documents is None else texts.from_directory(documents)
+    prompts = [np.array(encode(document.text)[:tokens]) for document in read]
+    layers = []
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("training", total=llama.layers)
+        for projections in train_model(llama, prompts, bits=bits, steps=steps):
+            layers.append(projections)
+            progress.advance(bar)
+    write_projections(output, np.stack(layers))

@@ -45,6 +45,7 @@ METHODS: Final = Registry(
         "kvcomp": "ucm_sdk.sparse.kvcomp:KvComp",
         "kvstar": "ucm_sdk.sparse.kvstar:KvStar",
         "quest": "ucm_sdk.sparse.quest:Quest",
+        "rotated": "ucm_sdk.sparse.rotated:Rotated",
         "transform": "ucm_sdk.sparse.transform:Transform",
         "window": "ucm_sdk.sparse.window:Window",
     },

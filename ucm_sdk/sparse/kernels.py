@@ -98,14 +98,15 @@ def hash_scores(query_codes: Array, codes: Array) -> Array:
     return -xp.stack(best, axis=1)
 
 
-def table_scores(tables: Array, codes: Array) -> Array:
+def table_scores(tables: Array, codes: Array, scales: Array | None = None) -> Array:
     """Return the log-sum-exp over a block's tokens of sums looked up by 4-bit codes.
 
     ``tables`` ``[Q, H, g, 2 * p, 16]``; ``codes`` ``[n, H, p, B]``, bytes: plane ``p`` of a token
-    holds the codes of tables ``2 p`` (low half) and ``2 p + 1``.
+    holds the codes of tables ``2 p`` (low half) and ``2 p + 1``.  ``scales`` ``[n, H, B]``, float16,
+    multiply each token's sum.
     """
     if isinstance(codes, np.ndarray) and codes.shape[3] <= scoring.MOST_TOKENS:
-        return scoring.table_scores(tables, codes)
+        return scoring.table_scores(tables, codes, scales)
     xp = array_namespace(tables)
     blocks, heads, planes, tokens = codes.shape
     count, _, group = tables.shape[:3]
@@ -119,6 +120,8 @@ def table_scores(tables: Array, codes: Array) -> Array:
                 table = xp.reshape(tables[:, head, :, 2 * plane + half, :], (-1, 16))
                 sums = sums + xp.take(table, code, axis=1)
         products = xp.reshape(sums, (count, group, blocks, tokens))
+        if scales is not None:
+            products = products * xp.astype(scales[:, head, :], xp.float32)
         result.append(logsumexp(products))
     return xp.stack(result, axis=1)
 

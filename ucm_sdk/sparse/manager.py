@@ -128,6 +128,10 @@ class SparseKVManager:
         """Whether the request has begun and not finished."""
         return request_id in self._requests
 
+    def prompt_tokens(self, request_id: str) -> int:
+        """Return how many tokens the request's prompt has."""
+        return self._requests[request_id].prompt_tokens
+
     def request_begin(self, request_id: str, prompt_tokens: int) -> None:
         """Begin a request; a prompt shorter than it turns out to be is summarised early."""
         if request_id in self._requests:

@@ -29,36 +29,10 @@ from ucm_sdk.sparse.base import (
     UcmSparseBase,
 )
 from ucm_sdk.sparse.kernels import constant, table_scores
+from ucm_sdk.sparse.quantisers import CODES, DISTORTION, LEVELS, MOST_BITS, THRESHOLDS
 
-_POSITIVE_LEVELS: Final = {
-    1: (0.7979,),
-    2: (0.4528, 1.510),
-    3: (0.2451, 0.7560, 1.344, 2.152),
-    4: (0.1284, 0.3881, 0.6568, 0.9424, 1.256, 1.618, 2.069, 2.733),
-}
-"""Levels of the best quantiser of a standard normal value, by bits (Max, 1960)."""
-_DISTORTION: Final = (1.0, 0.3634, 0.1175, 0.03454, 0.009497)
-"""What is left of the variance, by bits."""
-_MOST_BITS: Final = 4
 _LEAST_VARIANCE: Final = 1e-24
 """Of an axis on which all keys agree."""
-_CODES: Final = 16
-
-
-def _levels() -> NDArray[np.float32]:
-    table = np.zeros((_MOST_BITS + 1, _CODES), np.float32)
-    for bits, positive in _POSITIVE_LEVELS.items():
-        table[bits, : 2**bits] = [-level for level in reversed(positive)] + list(positive)
-    return table
-
-
-_LEVELS: Final = _levels()
-"""``[bits, code]``."""
-_THRESHOLDS: Final = np.full((_MOST_BITS + 1, _CODES - 1), np.inf, np.float32)
-"""``[bits, code]``: above it lies a greater code."""
-for _bits in range(1, _MOST_BITS + 1):
-    _line = _LEVELS[_bits, : 2**_bits]
-    _THRESHOLDS[_bits, : 2**_bits - 1] = (_line[1:] + _line[:-1]) / 2
 
 
 def allocate_bits(variances: NDArray[np.float64], total: int) -> NDArray[np.int64]:
@@ -67,9 +41,9 @@ def allocate_bits(variances: NDArray[np.float64], total: int) -> NDArray[np.int6
     They can be laid into groups of four bits: there are no more axes of three bits than of one.
     """
     bits = np.zeros(len(variances), np.int64)
-    gains = -np.diff(np.append(_DISTORTION, _DISTORTION[-1]))
+    gains = -np.diff(np.append(DISTORTION, DISTORTION[-1]))
     for _ in range(total):
-        bits[np.argmax(np.where(bits < _MOST_BITS, variances * gains[bits], -1.0))] += 1
+        bits[np.argmax(np.where(bits < MOST_BITS, variances * gains[bits], -1.0))] += 1
     while (threes := np.flatnonzero(bits == 3)).size > (bits == 1).sum():  # noqa: PLR2004
         # Their number is even here, because the total is a multiple of four.
         order = threes[np.argsort(-variances[threes], kind="stable")]
@@ -86,7 +60,7 @@ def _lay_out(bits: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int
         width = int(bits[axis])
         if not width:
             continue
-        fitting = [place for place in free if place[1] + width <= _MOST_BITS]
+        fitting = [place for place in free if place[1] + width <= MOST_BITS]
         if fitting:
             place = max(fitting, key=lambda place: place[1])
         else:
@@ -151,9 +125,9 @@ class Transform(UcmSparseBase):
         places = [_lay_out(row) for row in bits]
         group, shift = (np.stack(rows) for rows in zip(*places, strict=True))
         deviations = np.sqrt(variances).astype(np.float32)
-        code = np.arange(_CODES)
+        code = np.arange(CODES)
         own = (code >> shift[..., None]) % (1 << bits)[..., None]
-        levels = _LEVELS[bits[..., None], own] * deviations[..., None]
+        levels = LEVELS[bits[..., None], own] * deviations[..., None]
         groups = np.arange(self._total_bits // 4)[:, None]
         member = ((group[:, None] == groups) & (bits > 0)[:, None]).astype(np.float32)
         return (
@@ -179,10 +153,10 @@ class Transform(UcmSparseBase):
         xp = array_namespace(keys)
         centred = xp.astype(keys, xp.float32) - mean[:, None, :]
         ratios = centred @ xp.astype(axes, xp.float32)
-        thresholds = xp.take(constant(_THRESHOLDS, keys), xp.reshape(bits, (-1,)), axis=0)
-        thresholds = xp.reshape(thresholds, (*bits.shape, _CODES - 1)) * deviations[..., None]
+        thresholds = xp.take(constant(THRESHOLDS, keys), xp.reshape(bits, (-1,)), axis=0)
+        thresholds = xp.reshape(thresholds, (*bits.shape, CODES - 1)) * deviations[..., None]
         code = xp.zeros(ratios.shape, dtype=xp.float32, device=ratios.device)
-        for step in range(_CODES - 1):
+        for step in range(CODES - 1):
             code = code + xp.astype(ratios > thresholds[:, None, :, step], xp.float32)
         shifted = code * xp.astype(2**shift, xp.float32)[:, None, :]
         # Which byte an axis belongs to, and whether it lies in the upper half.

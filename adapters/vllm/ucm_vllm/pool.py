@@ -7,7 +7,7 @@ planner, which the connector binds, the manager is vLLM's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -27,6 +27,8 @@ class SparseManager(FullAttentionManager):
         """See vLLM's."""
         super().__init__(kv_cache_spec, **arguments)
         self.planner: OffloadPlanner | None = None
+        self.known_tokens: Callable[[str], int] = lambda _: 0
+        """How many tokens of a request are known, its last output included."""
         self._offloaded: dict[str, Offloaded] = {}
         self._slots: dict[str, list[KVCacheBlock]] = {}
 
@@ -51,11 +53,9 @@ class SparseManager(FullAttentionManager):
         """
         if self.planner is None or not self.req_to_blocks.get(request_id):
             return
-        plan = self.planner.plan(
-            request_id,
-            tokens=processed_computed_tokens,
-            prompt_tokens=num_prompt_tokens or 0,
-        )
+        # A request that resumes computes its own output again, which needs all before it.
+        whole = max(num_prompt_tokens or 0, self.known_tokens(request_id) - 1)
+        plan = self.planner.plan(request_id, tokens=processed_computed_tokens, prompt_tokens=whole)
         if plan == self.offloaded(request_id):
             return
         self._remove_blocks_in_range(request_id, plan.first, plan.last)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, overload
@@ -136,9 +137,15 @@ class VllmScheduler:
             )
             raise ConfigError(msg)
         self._pool = pool
+        pool.known_tokens = self._known_tokens
         pool.planner = OffloadPlanner(
             self._sparse.budget, self._block_tokens, self._side.look_up, lease_s=self._lease_s
         )
+
+    def _known_tokens(self, request_id: str) -> int:
+        request = self._requests.get(request_id)
+        # One that is not served is never offloaded.
+        return request.num_tokens if request is not None else sys.maxsize
 
     def _decoded(self, request: Request) -> FromBlock | None:
         """Return what keeps blocks that are decoded sparsely apart."""

@@ -49,9 +49,11 @@ int ucm_score_hash(const ucm_score_shape *shape, uint32_t tokens, uint32_t bytes
 
 /* The log-sum-exp over a block's tokens of sums of table entries: `tables`
  * [Q][H][g][2 * planes][16], `codes` [n][H][planes][tokens]; a byte holds the codes of two tables,
- * the first one's in its low half.  UCM_INVALID for more tokens than UCM_SCORE_MOST_TOKENS. */
+ * the first one's in its low half.  `scales` [n][H][tokens], binary16, or NULL, multiply a token's
+ * sum.  UCM_INVALID for more tokens than UCM_SCORE_MOST_TOKENS. */
 int ucm_score_tables(const ucm_score_shape *shape, uint32_t planes, uint32_t tokens,
-                     const float *tables, const uint8_t *codes, float *scores);
+                     const float *tables, const uint8_t *codes, const uint16_t *scales,
+                     float *scores);
 
 /* The instruction set in use: "avx512", "avx2", "neon" or "portable". */
 const char *ucm_score_name(void);

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: MIT
+"""Rotated keys in two bits a value, with a scale for each token.
+
+Keys are centred and turned by one random rotation, after which every value of a token looks normal
+with the same deviation, so that one quantiser fits all (as in vector search: RaBitQ, Gao and Long,
+arXiv:2405.12497, with more bits).  Scores are estimates of masses, so votes are probabilities.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Final, Literal
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from ucm_sdk.errors import ConfigError
+from ucm_sdk.sparse.base import (
+    Array,
+    Arrays,
+    AttentionGeometry,
+    MethodOptions,
+    SummaryField,
+    UcmSparseBase,
+)
+from ucm_sdk.sparse.kernels import constant, table_scores
+from ucm_sdk.sparse.quantisers import LEVELS, THRESHOLDS
+
+_BITS: Final = 2
+_CODES: Final = 4
+_SMALLEST: Final = 1e-6
+
+
+class Rotated(UcmSparseBase):
+    """The basis is the mean key of each KV head, ``[H, d]``."""
+
+    name: ClassVar[str] = "rotated"
+    fit_on: ClassVar[Literal["first", "prompt"]] = "prompt"
+
+    def __init__(self, geometry: AttentionGeometry, options: MethodOptions | None = None) -> None:
+        """Draw the rotation; ``ConfigError`` for a head size that fills no whole bytes."""
+        super().__init__(geometry, options)
+        size = geometry.head_size
+        if size % 4:
+            msg = f"method 'rotated' needs heads of a multiple of 4, not {size}"
+            raise ConfigError(msg)
+        normal = np.random.default_rng(0).standard_normal((size, size))
+        self._rotation = np.linalg.qr(normal)[0].astype(np.float32)
+
+    @property
+    def fields(self) -> tuple[SummaryField, ...]:
+        """Codes of four values a byte, tokens innermost; and scales."""
+        tokens = self.geometry.block_tokens
+        planes = self.geometry.head_size // 4
+        return (
+            SummaryField("codes", (planes, tokens), "uint8"),
+            SummaryField("scales", (tokens,), "float16"),
+        )
+
+    def fit(self, layer: int, keys: Array) -> Arrays:
+        """Return the mean key."""
+        del layer
+        xp = array_namespace(keys)
+        return (xp.mean(xp.astype(keys, xp.float32), axis=(0, 2)),)
+
+    def basis_bytes(self, basis: Arrays) -> int:
+        """Return four bytes a channel; the rotation is the model's, and is read by all."""
+        return int(4 * basis[0].shape[1])
+
+    def summarise(self, keys: Array, basis: Arrays) -> Arrays:
+        """Return codes and scales: what fits a token's values best in the sense of least squares."""
+        xp = array_namespace(keys)
+        centred = xp.astype(keys, xp.float32) - basis[0][:, None, :]
+        turned = centred @ constant(self._rotation, keys)
+        deviation = xp.sqrt(xp.mean(turned * turned, axis=-1, keepdims=True)) + _SMALLEST
+        code = xp.zeros_like(turned)
+        for threshold in THRESHOLDS[_BITS, : _CODES - 1].tolist():
+            code = code + xp.astype(turned > threshold * deviation, xp.float32)
+        level = xp.zeros_like(turned)
+        for number in range(_CODES):
+            level = level + xp.where(code == number, float(LEVELS[_BITS, number]), 0.0)
+        scale = xp.sum(turned * level, axis=-1) / xp.sum(level * level, axis=-1)
+        grouped = xp.reshape(code, (*code.shape[:3], -1, 4))
+        weights = constant(np.array([1, 4, 16, 64], np.float32), keys)
+        octets = xp.astype(xp.sum(grouped * weights, axis=-1), xp.uint8)
+        return (xp.permute_dims(octets, (0, 1, 3, 2)), xp.astype(scale, xp.float16))
+
+    def score(self, queries: Array, summaries: Arrays, basis: Arrays) -> Array:
+        """Return the estimate of a block's log mass."""
+        xp = array_namespace(queries)
+        scaled = xp.astype(queries, xp.float32) * self.geometry.score_scale
+        turned = scaled @ constant(self._rotation, queries)
+        pairs = xp.reshape(turned, (*turned.shape[:3], -1, 2))
+        level = LEVELS[_BITS]
+        code = np.arange(_CODES * _CODES)
+        first = constant(level[code % _CODES], queries)
+        second = constant(level[code // _CODES], queries)
+        tables = pairs[..., :1] * first + pairs[..., 1:] * second
+        centre = xp.sum(scaled * basis[0][:, None, :], axis=-1)
+        return table_scores(tables, *summaries) + centre[..., None]
