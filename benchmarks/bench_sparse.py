@@ -184,7 +184,8 @@ def main() -> None:
         print(
             f"{row['system']:18} {row['running']:2} at once, {row['blocks_per_request']:6.1f} "
             f"blocks each ({row['share_of_dense_blocks']:.0%} of dense), "
-            f"{row['tokens_per_s']:6.1f} tokens/s {row['ratio_to_dense']:.2f}, {row['ratio_least']:.2f} to {row['ratio_most']:.2f}), "
+            f"{row['tokens_per_s']:6.1f} tokens/s ({row['ratio_to_dense']:.2f}, "
+            f"{row['ratio_least']:.2f} to {row['ratio_most']:.2f}), "
             f"step {row['step_ms']:.0f} ms"
         )
 

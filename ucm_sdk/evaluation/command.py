@@ -26,7 +26,8 @@ from ucm_sdk.sparse.kvcomp import write_projections
 app = typer.Typer(no_args_is_help=True, help="Judge methods with a real model.")
 
 _DEFAULT: Final = (
-    *CONTROLS, "window", "esa", "gsa", "kvstar", "kvcomp", "quest", "rotated", "transform", "transform:2",
+    *CONTROLS, "window", "esa", "gsa", "kvstar", "kvcomp", "quest",
+    "rotated", "transform", "transform:2",
 )  # fmt: skip
 _NEEDLE_KEYS: Final = (1, 1, 1, 5)
 """Keys hidden in the prompts of one length and text."""

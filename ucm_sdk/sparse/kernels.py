@@ -102,8 +102,8 @@ def table_scores(tables: Array, codes: Array, scales: Array | None = None) -> Ar
     """Return the log-sum-exp over a block's tokens of sums looked up by 4-bit codes.
 
     ``tables`` ``[Q, H, g, 2 * p, 16]``; ``codes`` ``[n, H, p, B]``, bytes: plane ``p`` of a token
-    holds the codes of tables ``2 p`` (low half) and ``2 p + 1``.  ``scales`` ``[n, H, B]``, float16,
-    multiply each token's sum.
+    holds the codes of tables ``2 p`` (low half) and ``2 p + 1``.  ``scales`` ``[n, H, B]``, in
+    float16, multiply each token's sum.
     """
     if isinstance(codes, np.ndarray) and codes.shape[3] <= scoring.MOST_TOKENS:
         return scoring.table_scores(tables, codes, scales)

@@ -67,7 +67,7 @@ class Rotated(UcmSparseBase):
         return int(4 * basis[0].shape[1])
 
     def summarise(self, keys: Array, basis: Arrays) -> Arrays:
-        """Return codes and scales: what fits a token's values best in the sense of least squares."""
+        """Return codes, and scales that fit a token's values best by least squares."""
         xp = array_namespace(keys)
         centred = xp.astype(keys, xp.float32) - basis[0][:, None, :]
         turned = centred @ constant(self._rotation, keys)
