@@ -12,12 +12,13 @@ DAMAGES ?= 10000
 MODEL := $(UCM_CACHE_DIR)/models/SmolLM2-135M-Instruct
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help test demo bench-store crash capacity damage clean install-demo install-sdk
+.PHONY: help test demo bench-store eval-sparse crash capacity damage clean install-demo install-sdk
 
 help:
 	@echo "make test   lint, types, C tests, unit, conformance, documentation and real-engine tests"
 	@echo "make demo   serve a model with vLLM, restart it, see the KV come back from the store"
 	@echo "make bench-store  the file store beside the machine's limits and other stores"
+	@echo "make eval-sparse  what each sparse attention method costs in quality, in short"
 	@echo "make crash LOOPS=1000  kill writers and a reader again and again, and check what is there"
 	@echo "make capacity SECONDS=300   four writers want more room than they may have"
 	@echo "make damage DAMAGES=10000   flip, swap, zero and cut off stored bytes, and load"
@@ -43,6 +44,12 @@ bench-store: install-demo
 install-sdk: $(SDK)/bin/python
 	$(SDK)/bin/python -m pip install -q --force-reinstall --no-deps .
 	$(SDK)/bin/python -m pip install -q .
+
+eval-sparse: install-sdk
+	$(SDK)/bin/python -m pip install -q ".[eval]" gguf
+	$(SDK)/bin/python tools/make_model.py $(MODEL)
+	PYTHONSAFEPATH=1 $(SDK)/bin/ucm eval sparse $(MODEL) --tokens 2048 --share kv_head \
+	  --output build/eval-sparse.json
 
 crash: install-sdk
 	PYTHONSAFEPATH=1 $(SDK)/bin/python tools/crash.py --loops $(LOOPS)

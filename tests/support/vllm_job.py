@@ -93,6 +93,11 @@ class Watch:
 def main() -> None:
     from vllm import LLM
 
+    from ucm_sdk.sparse import METHODS
+
+    # What a distribution of its own would do by an entry point.
+    METHODS._built_in["every"] = "sparse_every:Every"
+
     job = json.loads(Path(sys.argv[1]).read_text())
     engine = {
         "dtype": "float32",
@@ -109,6 +114,7 @@ def main() -> None:
             "kv_connector": "UcmConnector",
             "kv_role": job["role"],
             "kv_connector_extra_config": job["config"],
+            **job["transfer"],
         }
     llm = LLM(job["model"], **engine)
     print("started", flush=True)

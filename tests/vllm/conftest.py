@@ -56,11 +56,18 @@ def job(
         kill_after: int | None = None,
         fails: bool = False,
         role: str = "kv_both",
+        transfer: dict[str, Any] | None = None,
         **engine: Any,
     ) -> dict[str, Any]:
         number = next(numbers)
         description, result = folder / f"{number}.json", folder / f"{number}.result.json"
-        content = {"model": str(model_path), "engine": engine, "config": config, "role": role}
+        content = {
+            "model": str(model_path),
+            "engine": engine,
+            "config": config,
+            "role": role,
+            "transfer": transfer or {},
+        }
         description.write_text(json.dumps({**content, "batches": batches}))
         command = [sys.executable, str(JOB), str(description), str(result)]
         log = folder / f"{number}.log"

@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import (
 
 import ucm_vllm
 from ucm_sdk import StoreContext
-from ucm_sdk.connector import load_config
+from ucm_sdk.connector import SparseConfig, load_config
 from ucm_sdk.errors import ConfigError
 from ucm_vllm import compat
 from ucm_vllm.layout import (
@@ -33,6 +33,7 @@ from ucm_vllm.layout import (
     make_namespace,
     open_shared_store,
 )
+from ucm_vllm.sparse import make_sparse_method
 
 SPEC = FullAttentionSpec(block_size=32, num_kv_heads=3, head_size=64, dtype=torch.float32)
 NAMES = ["b.1.attn", "a.0.attn"]
@@ -208,3 +209,33 @@ def test_a_model_that_cannot_be_identified_says_what_to_set(
     monkeypatch.setattr(config.model_config, "model", name or str(tmp_path))
     with pytest.raises(ConfigError, match=f"{message}.*set `model_identity`"):
         make_namespace(config, kv_config(), UCM)
+
+
+@pytest.mark.parametrize(
+    ("sparse", "message"),
+    [
+        ({"options": {"share": "kv_head"}}, "share='kv_head': vLLM has one block table a layer"),
+        ({"options": {"dense_layers": [1]}, "offload": True}, r"dense_layers=\[1\] need the whole"),
+        ({"options": {"dense_layers": [2]}}, "2 is no layer of 2"),
+        ({"method": "nothing"}, "sparse.kind='nothing': unknown"),
+    ],
+)
+def test_sparse_methods_that_cannot_work_are_refused(
+    config: Any, sparse: dict[str, Any], message: str
+) -> None:
+    asked = SparseConfig(**{"method": "quest", **sparse})
+    with pytest.raises(ConfigError, match=message):
+        make_sparse_method(asked, config, SPEC, layers=2)
+
+
+def test_a_sparse_method_gets_the_models_geometry(config: Any) -> None:
+    method = make_sparse_method(SparseConfig(method="quest"), config, SPEC, layers=2)
+    geometry = method.geometry
+    assert (geometry.layers, geometry.kv_heads, geometry.group) == (2, 3, 3)
+    assert (geometry.head_size, geometry.block_tokens) == (64, 32)
+
+
+def test_a_budget_out_of_range_is_refused_with_its_key() -> None:
+    sparse = {"method": "quest", "budget": {"ratio": 2}}
+    with pytest.raises(ConfigError, match=r"sparse\.budget\.ratio=2"):
+        load_config({"store": {"kind": "memory", "area": "x"}, "sparse": sparse}, environment={})

@@ -123,11 +123,9 @@ class SparseCPUBackend(CPUAttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Return a spec whose blocks may leave the pool, where that is asked for."""
-        asked = cls.built_for
-        if asked is not None and asked.offload and type(spec) is FullAttentionSpec:
-            return SparseSpec.of(spec)
-        return spec
+        """Return a spec that has our manager, where attention is sparse."""
+        sparse = cls.built_for is not None and type(spec) is FullAttentionSpec
+        return SparseSpec.of(spec) if sparse else spec
 
 
 def register() -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""vLLM's pool of KV blocks under sparse offload: a request gives back its middle for a few slots.
+"""vLLM's pool of KV blocks under sparse attention.
 
-A KV cache spec of our own has a manager of our own; both are vLLM's extension points.  Without a
-planner, which the connector binds, the manager is vLLM's.
+With offload a request gives back its middle for a few slots.  A KV cache spec of our own has a
+manager of our own; both are vLLM's extension points.  The connector binds what it decides by.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ class SparseManager(FullAttentionManager):
         """See vLLM's."""
         super().__init__(kv_cache_spec, **arguments)
         self.planner: OffloadPlanner | None = None
+        self.caches_prompts_only = False
+        """Set where attention is sparse."""
         self.known_tokens: Callable[[str], int] = lambda _: 0
         """How many tokens of a request are known, its last output included."""
         self._offloaded: dict[str, Offloaded] = {}
@@ -70,7 +72,7 @@ class SparseManager(FullAttentionManager):
 
         What is decoded sparsely is not what dense attention would have computed.
         """
-        if self.planner is not None:
+        if self.caches_prompts_only:
             num_tokens = min(num_tokens, request.num_prompt_tokens)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 

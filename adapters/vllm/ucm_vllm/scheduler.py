@@ -128,14 +128,14 @@ class VllmScheduler:
     def bind(self, manager: KVCacheManager) -> None:
         """Take the manager of vLLM's pool."""
         pool = manager.coordinator.single_type_managers[0]
-        if self._sparse is None or not self._sparse.offload:
+        if self._sparse is None:
             return
         if not isinstance(pool, SparseManager):
-            msg = (
-                f"sparse.offload: vLLM uses {type(pool).__name__} for its pool; it found no "
-                "ucm_vllm plugin, or VLLM_PLUGINS does not name 'ucm'"
-            )
+            msg = f"sparse: vLLM uses {type(pool).__name__} for its pool and not ucm_vllm's"
             raise ConfigError(msg)
+        pool.caches_prompts_only = True
+        if not self._sparse.offload:
+            return
         self._pool = pool
         pool.known_tokens = self._known_tokens
         pool.planner = OffloadPlanner(

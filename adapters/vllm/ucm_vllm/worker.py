@@ -19,6 +19,7 @@ from ucm_sdk.connector import (
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.sparse import SparseKVManager
 from ucm_sdk.telemetry import Increments, Recorder
+from ucm_vllm.attention import SparseCPUBackend
 from ucm_vllm.layout import (
     check_supported,
     make_layout,
@@ -56,6 +57,13 @@ class VllmWorker:
             name: index for index, name in enumerate(kv_config.kv_cache_groups[0].layer_names)
         }
         if ucm.sparse is not None:
+            if SparseCPUBackend.built_for is None:
+                msg = (
+                    "sparse: vLLM has built its attention without ucm_vllm's; the plugin 'ucm' "
+                    "must be loaded (see VLLM_PLUGINS), and kv_connector must be UcmConnector "
+                    f"itself, not {config.kv_transfer_config.kv_connector}"
+                )
+                raise ConfigError(msg)
             spec = check_supported(config, kv_config)
             self._sparse_method = make_sparse_method(ucm.sparse, config, spec, len(self._layers))
         self.sparse: VllmSparse | None = None
