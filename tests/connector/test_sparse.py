@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ class Worker:
         method = make_method("quest", GEOMETRY)
         self.manager = SparseKVManager(method, SparseBudget(ratio=0.2, min_tokens=0))
         memory = KVMemory(bases, strides, owners=self.pages)
-        self.side = SparseWorkerSide(self.manager, self.store, memory, load_timeout_s=1.0)
+        self.side = SparseWorkerSide(
+            self.manager, self.store, memory, load_timeout_s=0.2, retry_after_s=30.0
+        )
         self.keys = keys_of(BLOCKS + 10)
 
     def begin(self, *, offloaded: bool = True, slots: tuple[int, ...] = SLOTS) -> None:
@@ -148,6 +151,18 @@ def test_a_store_that_fails_leaves_sink_and_recent(tmp_path: Path, faults: dict)
     worker.begin()
     table = worker.table(query_of())
     assert table.tolist() == [100, *TABLE[BLOCKS - 3 : BLOCKS].tolist()]
+
+
+def test_a_store_that_hangs_is_waited_for_once(tmp_path: Path) -> None:
+    worker = make(tmp_path, load_delay_s=20.0)
+    worker.begin()
+    for layer in range(LAYERS):
+        began = time.monotonic()
+        table = worker.table(query_of(), layer=layer)
+        assert table.tolist() == [100, *TABLE[BLOCKS - 3 : BLOCKS].tolist()]
+        assert (time.monotonic() - began > 0.19) == (layer == 0)
+    assert worker.counted("ucm_timeouts") == 1
+    assert (worker.pages[:, list(SLOTS)] == 255).all()
 
 
 def test_a_closed_store_leaves_sink_and_recent(tmp_path: Path) -> None:

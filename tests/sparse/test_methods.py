@@ -50,11 +50,6 @@ class TestTransform(SparseSuite):
     method = "transform"
 
 
-class TestTransformWithTwoBits(SparseSuite):
-    method = "transform"
-    options = {"value_bits": 2}
-
-
 def block_masses(keys: np.ndarray, query: np.ndarray) -> np.ndarray:
     """Return ``[H, g, n]``: the log of the attention mass, in double precision."""
     scores = np.einsum("hgd,nhbd->hgnb", query.astype(float), keys.astype(float))
@@ -77,14 +72,12 @@ def test_scores_are_what_their_formulas_say() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "most"),
-    [("transform", {}, 0.5), ("transform", {"value_bits": 2}, 0.25), ("rotated", {}, 0.25)],
+    ("name", "most"),
+    [("transform", 0.5), ("rotated", 0.25)],
 )
-def test_what_keeps_every_token_estimates_block_masses(
-    name: str, options: dict, most: float
-) -> None:
+def test_what_keeps_every_token_estimates_block_masses(name: str, most: float) -> None:
     keys, query = keys_of(64), query_of()
-    method = make_method(name, GEOMETRY, options=options)
+    method = make_method(name, GEOMETRY)
     errors = scores_of(method, keys, query) - block_masses(keys, query)
     # A bias that all blocks share changes no choice.
     assert (errors - errors.mean(-1, keepdims=True)).std() < most
@@ -132,7 +125,7 @@ def test_layers_are_dense_or_choose_or_use_a_choice_below() -> None:
         ("kvstar", {"unit_tokens": 3}, "must divide the engine's block of 16 tokens"),
         ("kvcomp", {"bits": 96}, "sparse.options.bits=96"),
         ("kvcomp", {"weights": "/nowhere.npz"}, "is no file of trained projections"),
-        ("transform", {"value_bits": 3}, "sparse.options.value_bits=3"),
+        ("transform", {"bits": 3}, "sparse.options.bits: unknown key"),
     ],
 )
 def test_bad_options_are_refused(name: str, options: dict, message: str) -> None:

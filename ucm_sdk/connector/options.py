@@ -53,6 +53,9 @@ class SparseConfig(config.Strict):
     """How much is attended to."""
     offload: bool = False
     """Whether what is not attended to leaves the engine's pool for the store."""
+    load_timeout_s: float = pydantic.Field(default=1.0, gt=0)
+    """How long a layer of a step waits for its chosen blocks; then it goes on without them, and
+    the store is left alone for `connector.retry_after_s`."""
 
 
 class UcmConfig(config.Strict):

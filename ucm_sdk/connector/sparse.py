@@ -54,8 +54,12 @@ class SparseWorkerSide:
         memory: KVMemory,
         *,
         load_timeout_s: float,
+        retry_after_s: float,
     ) -> None:
-        """Choose by ``manager``; load pieces from ``store`` into ``memory``."""
+        """Choose by ``manager``; load pieces from ``store`` into ``memory``.
+
+        A load is given up after ``load_timeout_s``, and none is tried for ``retry_after_s`` then.
+        """
         self._manager = manager
         self._store = store
         self._memory = memory
@@ -63,6 +67,8 @@ class SparseWorkerSide:
         self._lengths = store.context.layout.piece_lengths
         self._recorder = store.context.recorder
         self._timeout_s = load_timeout_s
+        self._retry_after_s = retry_after_s
+        self._closed_until = 0.0
         self._requests: dict[str, _Request] = {}
         self._tails: dict[int, str] = {}
         self._logged = -_LOG_EVERY_S
@@ -181,6 +187,8 @@ class SparseWorkerSide:
 
     def _load(self, layer: int, request: _Request, loads: Sequence[tuple[int, int]]) -> list[int]:
         """Load one layer of blocks into slots; returns the blocks that failed."""
+        if time.monotonic() < self._closed_until:
+            return [block for block, _ in loads]
         pieces = slice(layer, layer + 1)
         batch = Batch.pieces(
             tuple(request.ids[block - request.first] for block, _ in loads),
@@ -195,6 +203,9 @@ class SparseWorkerSide:
                 task.wait(self._timeout_s)
             except UcmError as error:
                 self._log(error)
+                if not task.done():
+                    self._closed_until = time.monotonic() + self._retry_after_s
+                    self._recorder.count(telemetry.TIMEOUTS, labels=("load",))
                 # Nothing is written to the slots after this.
                 task.cancel()
             good = task.statuses == Status.OK

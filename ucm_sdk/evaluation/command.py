@@ -26,8 +26,7 @@ from ucm_sdk.sparse.kvcomp import write_projections
 app = typer.Typer(no_args_is_help=True, help="Judge methods with a real model.")
 
 _DEFAULT: Final = (
-    *CONTROLS, "window", "esa", "gsa", "kvstar", "kvcomp", "quest",
-    "rotated", "transform", "transform:2",
+    *CONTROLS, "window", "esa", "gsa", "kvstar", "kvcomp", "quest", "rotated", "transform",
 )  # fmt: skip
 _NEEDLE_KEYS: Final = (1, 1, 1, 5)
 """Keys hidden in the prompts of one length and text."""
@@ -38,12 +37,18 @@ Model = Annotated[Path, typer.Argument(help="A Llama-type model with its tokeniz
 def _points(
     methods: Sequence[str], blocks: Sequence[int], budgets: Sequence[float], shares: Sequence[str]
 ) -> list[Point]:
-    """Return every setting; ``name:2`` is a method with values of two bits."""
+    """Return every setting; ``name:key=value,key=value`` is a method with options."""
     points = []
     for block, budget, share, method in itertools.product(blocks, budgets, shares, methods):
-        name, _, bits = method.partition(":")
-        options = (("value_bits", int(bits)),) if bits else ()
-        points.append(Point(name, block, budget, share, options))
+        name, _, rest = method.partition(":")
+        options = []
+        for pair in rest.split(",") if rest else ():
+            key, _, text = pair.partition("=")
+            try:
+                options.append((key, json.loads(text)))
+            except ValueError:
+                options.append((key, text))
+        points.append(Point(name, block, budget, share, tuple(options)))
     return points
 
 
@@ -109,7 +114,7 @@ def evaluate_sparse(
     tokens: Annotated[int, typer.Option(min=256, help="Tokens of the prompt.")] = 7168,
     scored: Annotated[int, typer.Option(min=1, help="Scored tokens of a document.")] = 128,
     depth: Annotated[list[float], typer.Option(help="Where to copy from.")] = [0.5],  # noqa: B006
-    method: Annotated[list[str], typer.Option(help="May be repeated.")] = list(_DEFAULT),  # noqa: B006
+    method: Annotated[list[str], typer.Option(help="NAME or NAME:key=value,...")] = list(_DEFAULT),  # noqa: B006
     block: Annotated[list[int], typer.Option(help="Tokens of a block.")] = [32, 128],  # noqa: B006
     budget: Annotated[list[float], typer.Option(help="Share of the middle.")] = [0.1, 0.3],  # noqa: B006
     share: Annotated[list[str], typer.Option(help="kv_head or layer.")] = ["kv_head", "layer"],  # noqa: B006
@@ -155,7 +160,7 @@ def evaluate_needles(
     *,
     output: Annotated[Path, typer.Option(help="JSON.")] = Path("build/eval-needles.json"),
     length: Annotated[list[int], typer.Option(help="Tokens of a prompt.")] = [1024, 2048, 4096],  # noqa: B006
-    method: Annotated[list[str], typer.Option(help="May be repeated.")] = list(_DEFAULT),  # noqa: B006
+    method: Annotated[list[str], typer.Option(help="NAME or NAME:key=value,...")] = list(_DEFAULT),  # noqa: B006
     block: Annotated[list[int], typer.Option(help="Tokens of a block.")] = [32],  # noqa: B006
     budget: Annotated[list[float], typer.Option(help="Share of the middle.")] = [0.1],  # noqa: B006
     share: Annotated[list[str], typer.Option(help="kv_head or layer.")] = ["kv_head"],  # noqa: B006

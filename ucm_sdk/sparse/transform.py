@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Transform coding of keys: one or two bits a value where they count.
+"""Transform coding of keys: a bit a value on average, spent where they count.
 
 The keys of one request, layer and head are centred and turned into their principal axes
 (Karhunen-Loève); each axis gets bits by its variance (reverse water-filling: Cover and Thomas,
@@ -72,13 +72,6 @@ def _lay_out(bits: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int
     return group, shift
 
 
-class TransformOptions(MethodOptions):
-    """Scores are masses, so votes are probabilities."""
-
-    value_bits: Literal[1, 2] = 1
-    """Mean bits per value of a key."""
-
-
 class Transform(UcmSparseBase):
     """Codes in the principal axes of a request's keys.
 
@@ -88,14 +81,12 @@ class Transform(UcmSparseBase):
     """
 
     name: ClassVar[str] = "transform"
-    Options: ClassVar[type[MethodOptions]] = TransformOptions
     fit_on: ClassVar[Literal["first", "prompt"]] = "prompt"
 
     def __init__(self, geometry: AttentionGeometry, options: MethodOptions | None = None) -> None:
         """See the base class; ``ConfigError`` for a head size that fills no whole bytes."""
         super().__init__(geometry, options)
-        assert isinstance(self.options, TransformOptions)
-        self._total_bits = self.options.value_bits * geometry.head_size
+        self._total_bits = geometry.head_size
         if self._total_bits % 8:
             msg = f"method 'transform' needs heads of a multiple of 8, not {geometry.head_size}"
             raise ConfigError(msg)

@@ -76,8 +76,13 @@ class VllmWorker:
         self._registered = WorkerSide(self._store, self._options, memory)
         if self._sparse_config is not None and self._sparse_method is not None:
             manager = SparseKVManager(self._sparse_method, self._sparse_config.budget)
-            timeout_s = self._options.load_timeout_s
-            side = SparseWorkerSide(manager, self._store, memory, load_timeout_s=timeout_s)
+            side = SparseWorkerSide(
+                manager,
+                self._store,
+                memory,
+                load_timeout_s=self._sparse_config.load_timeout_s,
+                retry_after_s=self._options.retry_after_s,
+            )
             self.sparse = VllmSparse(side, self._sparse_method, manager, self._layers)
 
     @property
