@@ -3,7 +3,8 @@
 #include "score_variants.h"
 
 #if defined(__x86_64__)
-#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,fma,f16c,popcnt,avx512vpopcntdq,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx512vpopcntdq,fma,f16c,popcnt")
+#pragma GCC target("prefer-vector-width=512")
 #include <immintrin.h>
 
 #define LANES 16

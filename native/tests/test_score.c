@@ -53,7 +53,7 @@ static double product(const float *a, const float *b)
 
 static void test_linear(void)
 {
-    CHECK(ucm_score_linear(&shape, SIZE, UCM_FLOAT32, queries[0][0][0], high, scores[0][0][0]) == 0);
+    CHECK_OK(ucm_score_linear(&shape, SIZE, UCM_FLOAT32, queries[0][0][0], high, scores[0][0][0]));
     EACH (q, h, g, n)
         CHECK(near(scores[q][h][g][n], product(queries[q][h][g], high[n][h])));
 }
@@ -63,7 +63,7 @@ static void test_some_blocks(void)
     ucm_score_shape some = shape;
     some.first = 2, some.count = 3;
     memset(scores, 0, sizeof scores);
-    CHECK(ucm_score_linear(&some, SIZE, UCM_FLOAT32, queries[0][0][0], high, scores[0][0][0]) == 0);
+    CHECK_OK(ucm_score_linear(&some, SIZE, UCM_FLOAT32, queries[0][0][0], high, scores[0][0][0]));
     EACH (q, h, g, n) {
         double expected = n < 2 || n > 4 ? 0 : product(queries[q][h][g], high[n][h]);
         CHECK(near(scores[q][h][g][n], expected));
@@ -71,7 +71,8 @@ static void test_some_blocks(void)
     some.count = 6;
     CHECK(ucm_score_linear(&some, SIZE, UCM_FLOAT32, queries[0][0][0], high, scores[0][0][0]) ==
           UCM_INVALID);
-    CHECK(ucm_score_linear(&shape, SIZE, 9, queries[0][0][0], high, scores[0][0][0]) == UCM_INVALID);
+    CHECK(ucm_score_linear(&shape, SIZE, 9, queries[0][0][0], high, scores[0][0][0]) ==
+          UCM_INVALID);
 }
 
 static void test_box(void)
@@ -158,7 +159,8 @@ static void test_float16(void)
 
 static void test_hash(void)
 {
-    CHECK(ucm_score_hash(&shape, B, BYTES, wanted[0][0][0], hashes[0][0][0][0], scores[0][0][0]) == 0);
+    CHECK_OK(
+        ucm_score_hash(&shape, B, BYTES, wanted[0][0][0], hashes[0][0][0][0], scores[0][0][0]));
     EACH (q, h, g, n) {
         int least = 8 * BYTES;
         for (int b = 0; b < B; b++) {

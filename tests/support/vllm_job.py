@@ -95,7 +95,8 @@ def main() -> None:
 
     from ucm_sdk.sparse import METHODS
 
-    # What a distribution of its own would do by an entry point.
+    # What a distribution of its own would do by an entry point and its installation.
+    sys.path.insert(0, str(Path(__file__).parent))
     METHODS._built_in["every"] = "sparse_every:Every"
 
     job = json.loads(Path(sys.argv[1]).read_text())

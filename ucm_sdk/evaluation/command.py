@@ -113,11 +113,11 @@ def evaluate_sparse(
     ),
     tokens: Annotated[int, typer.Option(min=256, help="Tokens of the prompt.")] = 7168,
     scored: Annotated[int, typer.Option(min=1, help="Scored tokens of a document.")] = 128,
-    depth: Annotated[list[float], typer.Option(help="Where to copy from.")] = [0.5],  # noqa: B006
-    method: Annotated[list[str], typer.Option(help="NAME or NAME:key=value,...")] = list(_DEFAULT),  # noqa: B006
-    block: Annotated[list[int], typer.Option(help="Tokens of a block.")] = [32, 128],  # noqa: B006
-    budget: Annotated[list[float], typer.Option(help="Share of the middle.")] = [0.1, 0.3],  # noqa: B006
-    share: Annotated[list[str], typer.Option(help="kv_head or layer.")] = ["kv_head", "layer"],  # noqa: B006
+    depth: Annotated[list[float], typer.Option(help="Where to copy from.")] = [0.5],
+    method: Annotated[list[str], typer.Option(help="NAME or NAME:key=value,...")] = list(_DEFAULT),
+    block: Annotated[list[int], typer.Option(help="Tokens of a block.")] = [32, 128],
+    budget: Annotated[list[float], typer.Option(help="Share of the middle.")] = [0.1, 0.3],
+    share: Annotated[list[str], typer.Option(help="kv_head or layer.")] = ["kv_head", "layer"],
     documents: Annotated[Path | None, typer.Option(help="A directory of .txt files.")] = None,
 ) -> None:
     """Copy passages from depth under every method, and compare with dense attention."""
@@ -159,11 +159,11 @@ def evaluate_needles(
     model: Model,
     *,
     output: Annotated[Path, typer.Option(help="JSON.")] = Path("build/eval-needles.json"),
-    length: Annotated[list[int], typer.Option(help="Tokens of a prompt.")] = [1024, 2048, 4096],  # noqa: B006
-    method: Annotated[list[str], typer.Option(help="NAME or NAME:key=value,...")] = list(_DEFAULT),  # noqa: B006
-    block: Annotated[list[int], typer.Option(help="Tokens of a block.")] = [32],  # noqa: B006
-    budget: Annotated[list[float], typer.Option(help="Share of the middle.")] = [0.1],  # noqa: B006
-    share: Annotated[list[str], typer.Option(help="kv_head or layer.")] = ["kv_head"],  # noqa: B006
+    length: Annotated[list[int], typer.Option(help="Tokens of a prompt.")] = [1024, 2048, 4096],
+    method: Annotated[list[str], typer.Option(help="NAME or NAME:key=value,...")] = list(_DEFAULT),
+    block: Annotated[list[int], typer.Option(help="Tokens of a block.")] = [32],
+    budget: Annotated[list[float], typer.Option(help="Share of the middle.")] = [0.1],
+    share: Annotated[list[str], typer.Option(help="kv_head or layer.")] = ["kv_head"],
     documents: Annotated[Path | None, typer.Option(help="A directory of .txt files.")] = None,
 ) -> None:
     """Ask for pass keys hidden in long texts, and count the answers that are right."""

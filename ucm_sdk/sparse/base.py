@@ -187,22 +187,22 @@ class UcmSparseBase(ABC):
 
     # Hooks: for methods that keep their own counts; whatever they keep they must drop at the end.
 
-    def request_begin(self, request_id: str, prompt_tokens: int) -> None:  # noqa: B027 - most need none
+    def request_begin(self, request_id: str, prompt_tokens: int) -> None:
         """Begin a request."""
 
-    def request_finished(self, request_id: str) -> None:  # noqa: B027 - most need none
+    def request_finished(self, request_id: str) -> None:
         """End a request, however it ended."""
 
-    def execute_begin(self, request_ids: list[str]) -> None:  # noqa: B027 - most need none
+    def execute_begin(self, request_ids: list[str]) -> None:
         """Begin a step of the engine."""
 
-    def execute_finished(self, request_ids: list[str]) -> None:  # noqa: B027 - most need none
+    def execute_finished(self, request_ids: list[str]) -> None:
         """End a step of the engine."""
 
-    def attention_begin(self, layer: int) -> None:  # noqa: B027 - most need none
+    def attention_begin(self, layer: int) -> None:
         """Begin a layer's attention."""
 
-    def attention_finished(self, layer: int) -> None:  # noqa: B027 - most need none
+    def attention_finished(self, layer: int) -> None:
         """End a layer's attention."""
 
 

@@ -43,7 +43,8 @@ int ucm_score_units(const ucm_score_shape *shape, uint32_t units, uint32_t size,
                     const float *queries, const void *keys, float *scores);
 
 /* Minus the least Hamming distance to a block's codes: `query_codes` [Q][H][g][bytes], `codes`
- * [n][H][bytes / 8][tokens][8], words of tokens side by side; UCM_INVALID unless `bytes` is a multiple of 8. */
+ * [n][H][bytes / 8][tokens][8], words of tokens side by side; UCM_INVALID unless `bytes` is a
+ * multiple of 8. */
 int ucm_score_hash(const ucm_score_shape *shape, uint32_t tokens, uint32_t bytes,
                    const uint8_t *query_codes, const uint8_t *codes, float *scores);
 
