@@ -120,3 +120,12 @@ def test_blocks_that_are_decoded_sparsely_have_ids_of_their_own() -> None:
     assert plain.ids[:4] == sparse.ids[:4] == other.ids[:4]
     assert not set(plain.ids[4:]) & set(sparse.ids[4:])
     assert not set(other.ids[4:]) & set(sparse.ids[4:])
+
+
+def test_slots_grow_before_the_store_has_the_block_that_needs_them() -> None:
+    store = Store(stored=37)
+    offload = planner(store)
+    before = settle(offload, 40 * B, 40 * B)
+    after = settle(offload, 60 * B, 40 * B)
+    assert after.last == before.last
+    assert after.slots >= BUDGET.cut(61 * B, B).chosen > before.slots

@@ -102,10 +102,18 @@ class OffloadPlanner:
         request = self._requests.setdefault(request_id, _Request())
         self._renew(request_id, request)
         cut = self._budget.cut(tokens, self._block_tokens)
-        if tokens < prompt_tokens or cut.dense or cut.last <= request.now.last:
+        if tokens < prompt_tokens or cut.dense:
             return request.now
-        slots = max(request.now.slots, self._budget.slots(tokens, self._block_tokens))
-        if slots < cut.middle and self._stored(request_id, request, cut.first, cut.last):
+        # A block ahead: what is chosen grows before the store has the block that made it grow.
+        ahead = self._budget.slots(tokens + self._block_tokens, self._block_tokens)
+        slots = max(request.now.slots, ahead)
+        if request.now.last:
+            request.now = Offloaded(request.now.first, request.now.last, slots)
+        if (
+            cut.last > request.now.last
+            and slots < cut.middle
+            and self._stored(request_id, request, cut.first, cut.last)
+        ):
             request.now = Offloaded(cut.first, request.last, slots)
         return request.now
 

@@ -70,6 +70,7 @@ class SparseMetadataBuilder(CPUAttentionMetadataBuilder):
     def build(self, *args: Any, **kwargs: Any) -> CPUAttentionMetadata:
         """Return the step's metadata."""
         metadata = super().build(*args, **kwargs)
+        metadata.ucm_schedules = {}
         metadata.ucm_builder = self
         return metadata
 
@@ -77,7 +78,20 @@ class SparseMetadataBuilder(CPUAttentionMetadataBuilder):
         self, metadata: CPUAttentionMetadata, tables: torch.Tensor, lengths: torch.Tensor
     ) -> CPUAttentionMetadata:
         """Return ``metadata`` with other block tables and lengths of the same rows."""
-        schedule = ops.cpu_attn_get_scheduler_metadata(
+        # The layers of a step mostly attend to as much, if not to the same.
+        schedules, key = metadata.ucm_schedules, lengths.numpy().tobytes()
+        if key not in schedules:
+            schedules[key] = self._schedule(metadata, lengths)
+        return dataclasses.replace(
+            metadata,
+            block_table=tables,
+            seq_lens=lengths,
+            max_seq_len=int(lengths.max()),
+            scheduler_metadata=schedules[key],
+        )
+
+    def _schedule(self, metadata: CPUAttentionMetadata, lengths: torch.Tensor) -> torch.Tensor:
+        return ops.cpu_attn_get_scheduler_metadata(
             num_reqs=len(lengths),
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
@@ -91,13 +105,6 @@ class SparseMetadataBuilder(CPUAttentionMetadataBuilder):
             enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
             dynamic_causal=metadata.dynamic_causal,
             kv_cache_dtype=self.kv_cache_dtype,
-        )
-        return dataclasses.replace(
-            metadata,
-            block_table=tables,
-            seq_lens=lengths,
-            max_seq_len=int(lengths.max()),
-            scheduler_metadata=schedule,
         )
 
 

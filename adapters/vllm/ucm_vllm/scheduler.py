@@ -99,8 +99,8 @@ class VllmScheduler:
             msg = "sparse.offload needs a role that saves: set kv_role to kv_both or kv_producer"
             raise ConfigError(msg)
         self._pool: SparseManager | None = None
-        self._sent: dict[str, int] = {}
-        """Requests that the workers know, and how many of each one's blocks they know to be out."""
+        self._sent: dict[str, tuple[int, int]] = {}
+        """Requests that the workers know: up to which block each is out, and its slots."""
         self._gone: list[str] = []
 
     @property
@@ -167,10 +167,10 @@ class VllmScheduler:
                 continue
             if step.id not in self._sent:
                 begun.append((step.id, request.num_prompt_tokens))
-                self._sent[step.id] = 0
+                self._sent[step.id] = (0, 0)
             elif step.id in resumed:
                 restarted.append(step.id)
-                self._sent[step.id] = 0
+                self._sent[step.id] = (0, 0)
             last = step.computed_tokens + step.scheduled_tokens - 1
             tails.append((step.blocks[last // self._block_tokens], step.id))
             if (change := self._change(step.id)) is not None:
@@ -181,12 +181,11 @@ class VllmScheduler:
     def _change(self, id: str) -> SparseChange | None:
         if self._pool is None:
             return None
-        now, sent = self._pool.offloaded(id), self._sent[id]
-        if now.last <= sent:
+        now, slots = self._pool.offloaded(id), self._pool.slots(id)
+        if self._sent[id] == (now.last, len(slots)):
             return None
-        self._sent[id] = now.last
-        ids = self._side.ids(id, max(sent, now.first), now.last)
-        slots = self._pool.slots(id)
+        ids = self._side.ids(id, max(self._sent[id][0], now.first), now.last)
+        self._sent[id] = (now.last, len(slots))
         self._side.overwrites(slots)
         return SparseChange(id, now.first, now.last, ids, slots)
 

@@ -172,7 +172,7 @@ class _Pages:
 
     def keys(self, blocks: range) -> NDArray[Any]:
         """Return keys ``[n, H, B, d]`` of some of the request's blocks."""
-        return self._read(self.table[blocks.start : blocks.stop])
+        return self._read(self.table[blocks.start : blocks.stop]).swapaxes(2, 3)
 
     def known(
         self, queries: NDArray[np.float32], budget: SparseBudget
@@ -182,23 +182,19 @@ class _Pages:
         cut = budget.cut(self.tokens, geometry.block_tokens)
         if cut.dense:
             return None
-        keys = self._read(
-            np.concatenate([self.table[: cut.first], self.table[cut.last : cut.blocks]])
-        )
-        flat = keys.transpose(1, 0, 2, 3).reshape(geometry.kv_heads, -1, geometry.head_size)
-        scores = queries @ flat.transpose(0, 2, 1) * np.float32(geometry.score_scale)
+        kept = np.concatenate([self.table[: cut.first], self.table[cut.last : cut.blocks]])
+        by_block = queries @ self._read(kept) * np.float32(geometry.score_scale)  # [n, H, g, B]
+        shape = (geometry.kv_heads, geometry.group, -1)
+        scores = by_block.transpose(1, 2, 0, 3).reshape(shape)
         beyond = cut.blocks * geometry.block_tokens - self.tokens
         summed: NDArray[np.float32] = logsumexp(scores[..., : scores.shape[-1] - beyond])
         return summed
 
     def _read(self, pages: NDArray[np.int32]) -> NDArray[Any]:
-        heads, size, width = (
-            self.geometry.kv_heads,
-            self.geometry.block_tokens,
-            self.geometry.head_size,
-        )
-        whole = self.kv_cache[torch.from_numpy(pages.astype(np.int64))]
-        halves = whole.reshape(len(pages), heads, 2 * size * width)[..., : size * width]
-        keys = halves.reshape(len(pages), heads, width, size).transpose(2, 3)
+        """Return keys as they lie, ``[n, H, d, B]``."""
+        geometry = self.geometry
+        halves = (2, geometry.head_size, geometry.block_tokens)
+        whole = self.kv_cache.view(len(self.kv_cache), geometry.kv_heads, *halves)
+        keys = whole[torch.from_numpy(pages.astype(np.int64)), :, 0]
         # NumPy has no bfloat16.
         return (keys.float() if keys.dtype == torch.bfloat16 else keys).numpy()
