@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,8 +20,10 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "sparse_plugin"
 @pytest.fixture(scope="module", autouse=True)
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     target = tmp_path_factory.mktemp("site")
+    # Building it writes beside its files.
+    source = shutil.copytree(EXAMPLE, tmp_path_factory.mktemp("source") / "plugin")
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target)]
-    subprocess.run([*command, str(EXAMPLE)], check=True)
+    subprocess.run([*command, str(source)], check=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(target))
         yield
