@@ -176,3 +176,10 @@ def test_a_block_that_comes_into_the_middle_ends_a_stride() -> None:
         choice = manager.choose("a", 0, query_of(), tokens=tokens)
         assert choice is not None
         assert choice.middle[0].tolist() == list(range(choice.cut.first, choice.cut.last))
+
+
+def test_a_request_that_is_too_short_to_be_sparse_is_not_summarised() -> None:
+    manager = SparseKVManager(make_method("quest", GEOMETRY), SparseBudget(min_tokens=20 * B))
+    manager.request_begin("a", 10 * B)
+    assert not manager.pending("a", 0, 20 * B - 1)
+    assert manager.pending("a", 0, 20 * B) == range(20)

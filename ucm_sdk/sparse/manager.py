@@ -168,11 +168,12 @@ class SparseKVManager:
     def pending(self, request_id: str, layer: int, tokens: int) -> range:
         """Return the blocks to give to ``add_keys`` now that ``tokens`` tokens are computed.
 
-        Whole blocks only.  Where the method fits to the prompt, none before the prompt has ended.
+        Whole blocks only; none of a request that is too short to be sparse, and none before the
+        prompt has ended where the method fits to it.
         """
         request = self._requests[request_id]
         done = request.layers[layer].count
-        if self.method.source_layer(layer) != layer:
+        if self.method.source_layer(layer) != layer or tokens < self.budget.min_tokens:
             return range(done, done)
         if self.method.fit_on == "prompt" and tokens < request.prompt_tokens:
             return range(done, done)

@@ -151,7 +151,7 @@ class VllmScheduler:
         """Return what keeps blocks that are decoded sparsely apart."""
         if self._sparse is None:
             return None
-        values = self._sparse.model_dump(mode="json", exclude={"offload"})
+        values = self._sparse.model_dump(mode="json", include={"method", "options", "budget"})
         extra = json.dumps(values, sort_keys=True).encode()
         return FromBlock(request.num_prompt_tokens // self._block_tokens, extra)
 

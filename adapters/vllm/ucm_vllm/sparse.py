@@ -128,7 +128,8 @@ class VllmSparse:
     ) -> NDArray[np.int32] | None:
         geometry = self._method.geometry
         shape = (geometry.kv_heads, geometry.group, geometry.head_size)
-        queries = query.reshape(shape).float().numpy()
+        # A copy: methods may look at the queries of earlier steps, and this memory is vLLM's.
+        queries = np.array(query.reshape(shape).float().numpy())
         known = None
         if self._method.options.vote == "probability":
             known = pages.known(queries, self._budget)
