@@ -137,9 +137,13 @@ def test_a_block_that_is_not_there_is_left_out(tmp_path: Path) -> None:
     for slot in table[cut.first : cut.first + cut.chosen - 1]:
         assert (worker.pages[1, slot] < BLOCKS).all()
     assert worker.counted("ucm_sparse_missed_blocks") == 1
-    # It is asked for again, since it may have come.
+    # Nothing takes its slot for loaded, and it is asked for again, since it may have come.
+    assert len(worker.table(query)) == len(table)
     dump(worker.store, [IDS[20]], PAYLOADS[20:21])
-    assert len(worker.table(query)) == len(table) + 1
+    whole = worker.table(query)
+    assert len(whole) == len(table) + 1
+    lie = {int(worker.pages[1, slot, 0]) for slot in whole[cut.first : cut.first + cut.chosen]}
+    assert 20 in lie
 
 
 @pytest.mark.parametrize(

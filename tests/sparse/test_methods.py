@@ -73,14 +73,27 @@ def test_scores_are_what_their_formulas_say() -> None:
 
 @pytest.mark.parametrize(
     ("name", "most"),
-    [("transform", 0.5), ("rotated", 0.25)],
+    [("transform", 0.27), ("rotated", 0.14)],
 )
 def test_what_keeps_every_token_estimates_block_masses(name: str, most: float) -> None:
-    keys, query = keys_of(64), query_of()
+    query = query_of()
     method = make_method(name, GEOMETRY)
-    errors = scores_of(method, keys, query) - block_masses(keys, query)
-    # A bias that all blocks share changes no choice.
-    assert (errors - errors.mean(-1, keepdims=True)).std() < most
+    # Masses vary by 0.32 from block to block, so this says how much of that is known,
+    # however far the keys lie from nothing; a bias that all blocks share changes no choice.
+    for keys in (keys_of(64), keys_of(64) + 30 * np.sign(np.arange(32) - 20.5, dtype=np.float32)):
+        errors = scores_of(method, keys, query) - block_masses(keys, query)
+        assert (errors - errors.mean(-1, keepdims=True)).std() < most
+
+
+def test_rotated_keys_keep_how_long_they_are() -> None:
+    keys, query = keys_of(64), query_of()
+    centre = keys.mean((0, 2), keepdims=True)
+    keys = (
+        centre + (keys - centre) * np.geomspace(0.1, 3, 64, dtype=np.float32)[:, None, None, None]
+    )
+    found = scores_of(make_method("rotated", GEOMETRY), keys, query)
+    errors = found - block_masses(keys, query)
+    assert (errors - errors.mean(-1, keepdims=True)).std() < 0.4
 
 
 def test_bits_go_where_the_variance_is_and_fill_groups_of_four() -> None:
