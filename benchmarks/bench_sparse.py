@@ -6,8 +6,9 @@
 Prompts are computed once and saved.  Then engines with a pool of about two dense requests serve all
 of them at once from the store, dense and sparse in turn, each in a process of its own.  Counted are
 vLLM's own: blocks of its pool in use while all decode, requests that run, and output tokens per
-second from the step at which the first token of any request came to the end.  A third engine
-has the hook but no budget that cuts anything.  Writes build/bench-sparse.json.
+second from the step at which the first token of any request came to the end; and the share of a
+step that is spent on selection, bookkeeping and loads.  One engine has the hook but no budget that
+cuts anything.  Writes build/bench-sparse.json.
 """
 
 from __future__ import annotations
@@ -76,9 +77,10 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
     sampling = SamplingParams(temperature=0, max_tokens=job["new_tokens"], ignore_eos=True)
     for number, prompt in enumerate(job["prompts"]):
         engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
-    running, used, first, steps = 0, [], None, []
+    running, used, first, steps, shares = 0, [], None, [], []
+    selecting = count_selection()
     while engine.has_unfinished_requests():
-        began = time.perf_counter()
+        began, before = time.perf_counter(), selecting[0]
         outputs = engine.step()
         if first is None and any(output.outputs[0].token_ids for output in outputs):
             first = time.perf_counter()
@@ -86,6 +88,7 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
         running = max(running, len(now))
         if now and all(request.num_output_tokens > 1 for request in now):
             steps.append(time.perf_counter() - began)
+            shares.append((selecting[0] - before) / steps[-1])
             used.append((pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()) / len(now))
     assert first is not None
     tokens = len(job["prompts"]) * job["new_tokens"]
@@ -94,7 +97,27 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
         "blocks_per_request": min(used) if used else None,
         "tokens_per_s": tokens / (time.perf_counter() - first),
         "step_ms": 1000 * statistics.median(steps) if steps else None,
+        "selecting": statistics.median(shares) if shares else None,
     }
+
+
+def count_selection() -> list[float]:
+    """Return a place for the seconds spent on what is done before each layer's attention.
+
+    That is selection and all bookkeeping; loads into slots and waiting for them too.
+    """
+    from ucm_vllm.sparse import VllmSparse
+
+    seconds, rewrite = [0.0], VllmSparse.rewrite
+
+    def timed(*arguments: Any) -> Any:
+        began = time.perf_counter()
+        result = rewrite(*arguments)
+        seconds[0] += time.perf_counter() - began
+        return result
+
+    VllmSparse.rewrite = timed
+    return seconds
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -159,6 +182,7 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 "ratio_least": min(ratios),
                 "ratio_most": max(ratios),
                 "step_ms": statistics.median(one["step_ms"] for one in results),
+                "selecting": statistics.median(one["selecting"] for one in results),
             }
         )
     return rows
@@ -186,7 +210,7 @@ def main() -> None:
             f"blocks each ({row['share_of_dense_blocks']:.0%} of dense), "
             f"{row['tokens_per_s']:6.1f} tokens/s ({row['ratio_to_dense']:.2f}, "
             f"{row['ratio_least']:.2f} to {row['ratio_most']:.2f}), "
-            f"step {row['step_ms']:.0f} ms"
+            f"step {row['step_ms']:.0f} ms, of which {row['selecting']:.1%} selecting"
         )
 
 

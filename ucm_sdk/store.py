@@ -326,8 +326,11 @@ class KVStoreBase(abc.ABC):
             msg = "a batch needs at least one row"
             raise ArgumentError(msg)
         as_block_ids(batch.ids)
-        without = np.setdiff1d(np.arange(len(batch.ids)), rows["block"])
-        if len(without) or int(rows["block"].max()) >= len(batch.ids):
+        named = np.zeros(len(batch.ids), np.bool_)
+        inside = int(rows["block"].max()) < len(named)
+        if inside:
+            named[rows["block"]] = True
+        if not named.all():
             msg = f"rows must name every block of the {len(batch.ids)} ids, and no other"
             raise ArgumentError(msg)
         payload = self.context.layout.payload_bytes

@@ -6,11 +6,11 @@
 #include <stdatomic.h>
 #include <string.h>
 
-static _Atomic(const ucm_score_variant *) chosen;
+static _Atomic(const ucm_score_variant *) in_use;
 
 static const ucm_score_variant *variant(void)
 {
-    const ucm_score_variant *now = atomic_load_explicit(&chosen, memory_order_relaxed);
+    const ucm_score_variant *now = atomic_load_explicit(&in_use, memory_order_relaxed);
     if (now)
         return now;
     now = &ucm_score_portable;
@@ -19,7 +19,7 @@ static const ucm_score_variant *variant(void)
     else if (ucm_score_have_avx2())
         now = &ucm_score_avx2;
     /* Threads that come here at once choose the same. */
-    atomic_store_explicit(&chosen, now, memory_order_relaxed);
+    atomic_store_explicit(&in_use, now, memory_order_relaxed);
     return now;
 }
 
@@ -39,7 +39,7 @@ int ucm_score_use(const char *name)
         wanted = &ucm_score_avx512;
     if (!wanted)
         return UCM_UNSUPPORTED;
-    atomic_store_explicit(&chosen, wanted, memory_order_relaxed);
+    atomic_store_explicit(&in_use, wanted, memory_order_relaxed);
     return UCM_OK;
 }
 
@@ -91,10 +91,121 @@ int ucm_score_hash(const ucm_score_shape *shape, uint32_t tokens, uint32_t bytes
 
 int ucm_score_tables(const ucm_score_shape *shape, uint32_t planes, uint32_t tokens,
                      const float *tables, const uint8_t *codes, const uint16_t *scales,
-                     float *scores)
+                     const float *offsets, float *scores)
 {
     if (!valid(shape) || !tokens || tokens > UCM_SCORE_MOST_TOKENS)
         return UCM_INVALID;
-    variant()->tables(shape, planes, tokens, tables, codes, scales, scores);
+    variant()->tables(shape, planes, tokens, tables, codes, scales, offsets, scores);
     return UCM_OK;
+}
+
+int ucm_axes_tables(const ucm_score_shape *shape, const ucm_axes *axes, uint32_t planes,
+                    const float *queries, float *tables, float *offsets)
+{
+    for (uint32_t i = 0; i < shape->heads * axes->axes; i++)
+        if (axes->groups[i] >= 2 * planes)
+            return UCM_INVALID;
+    variant()->axes_tables(shape, axes, planes, queries, tables, offsets);
+    return UCM_OK;
+}
+
+static int valid_keys(const ucm_keys *keys)
+{
+    return valid_dtype(keys->dtype) && keys->tokens && keys->size &&
+           keys->size <= UCM_SCORE_MOST_SIZE;
+}
+
+int ucm_axes_codes(const ucm_keys *keys, uint32_t blocks, uint32_t heads, const ucm_coder *coder,
+                   uint32_t planes, uint8_t *codes)
+{
+    if (!valid_keys(keys) || coder->axes % 8 || planes > UCM_SCORE_MOST_SIZE / 8)
+        return UCM_INVALID;
+    for (uint32_t i = 0; i < heads * coder->axes; i++)
+        if (coder->places[i] >= 8 * planes || coder->steps[i] > 15)
+            return UCM_INVALID;
+    variant()->axes_codes(keys, blocks, heads, coder, planes, codes);
+    return UCM_OK;
+}
+
+int ucm_score_mass(const ucm_keys *keys, uint32_t requests, const int32_t *blocks,
+                   const uint32_t *ends, const uint32_t *last, uint32_t heads, uint32_t group,
+                   const float *queries, float *mass)
+{
+    if (!valid_keys(keys))
+        return UCM_INVALID;
+    for (uint32_t i = 0; i < requests; i++)
+        if (last[i] > keys->tokens || (i && ends[i] < ends[i - 1]))
+            return UCM_INVALID;
+    for (uint32_t i = 0, begin = 0; i < requests; begin = ends[i++]) {
+        variant()->mass(keys, blocks + begin, ends[i] - begin, last[i], heads, group, queries,
+                        mass);
+        queries += (size_t)heads * group * keys->size;
+        mass += heads * group;
+    }
+    return UCM_OK;
+}
+
+int ucm_vote(const ucm_score_shape *shape, int rule, int together, const float *scores,
+             const float *known, float *votes)
+{
+    if (rule != UCM_VOTE_SCORE && rule != UCM_VOTE_SHARE)
+        return UCM_INVALID;
+    variant()->vote(shape, rule, together, scores, known, votes);
+    return UCM_OK;
+}
+
+/* Unsigned numbers in the order of the values, NaN before all. */
+static uint32_t ordered(float value)
+{
+    uint32_t bits;
+    value += 0.0f; /* both zeros are equal */
+    memcpy(&bits, &value, sizeof bits);
+    if (value != value)
+        return 0;
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+int ucm_select(const float *values, uint32_t count, uint32_t wanted, int64_t *places)
+{
+    if (wanted > count)
+        return UCM_INVALID;
+    /* The least of those wanted, a byte at a time: `left` of the values that begin like it. */
+    uint32_t least = 0, left = wanted;
+    for (int shift = 24; wanted && shift >= 0; shift -= 8) {
+        uint32_t counts[256] = {0}, digit = 255;
+        for (uint32_t i = 0; i < count; i++) {
+            uint32_t bits = ordered(values[i]);
+            if (shift == 24 || bits >> (shift + 8) == least >> (shift + 8))
+                counts[bits >> shift & 255]++;
+        }
+        for (; counts[digit] < left; digit--)
+            left -= counts[digit];
+        least |= digit << shift;
+    }
+    for (uint32_t i = 0, found = 0; found < wanted; i++) {
+        uint32_t bits = ordered(values[i]);
+        if (bits > least || (bits == least && left && left--))
+            places[found++] = i;
+    }
+    return UCM_OK;
+}
+
+int ucm_choose_by_axes(const ucm_score_shape *shape, const ucm_axes *axes, uint32_t planes,
+                       uint32_t tokens, const float *queries, const uint8_t *codes, int rule,
+                       int together, const float *known, uint32_t wanted, float *scratch,
+                       int64_t *chosen)
+{
+    const size_t rows = (size_t)shape->heads * shape->group, blocks = shape->blocks;
+    float *tables = scratch, *offsets = tables + rows * planes * 32, *scores = offsets + rows;
+    float *votes = scores + rows * blocks;
+    if (shape->queries != 1)
+        return UCM_INVALID;
+    int status = ucm_axes_tables(shape, axes, planes, queries, tables, offsets);
+    if (!status)
+        status = ucm_score_tables(shape, planes, tokens, tables, codes, NULL, offsets, scores);
+    if (!status)
+        status = ucm_vote(shape, rule, together, scores, known, votes);
+    for (uint32_t i = 0; !status && i < (together ? 1 : shape->heads); i++)
+        status = ucm_select(votes + i * blocks, shape->blocks, wanted, chosen + (size_t)i * wanted);
+    return status;
 }

@@ -13,8 +13,8 @@ typedef float vector __attribute__((vector_size(LANES * 4), aligned(4), may_alia
 typedef int32_t whole __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint64_t words __attribute__((vector_size(LANES * 4), aligned(1), may_alias));
 
-enum { MOST_GROUP = 4 }; /* query heads that share one pass over a summary */
-enum { TILE_ROWS = 256, TILE_BLOCKS = 16 };
+enum { MOST_GROUP = 4 }; /* query heads that share one pass over a summary; no more than LANES */
+enum { TILE_ROWS = 256, TILE_BLOCKS = UCM_SCORE_TOGETHER }; /* a multiple of LANES */
 
 static inline vector splat(float value)
 {
@@ -39,19 +39,65 @@ static inline vector exp_of(vector x)
     return result * (vector)exponent;
 }
 
-/* `values` has room for whole vectors; what lies beyond `count` is overwritten. */
-static float logsumexp(float *values, uint32_t count)
+/* log(x) for finite x > 0 that are not subnormal, to about 2e-7: the exponent times log 2, and
+ * 2 atanh((m - 1) / (m + 1)) of a mantissa between 1/sqrt(2) and sqrt(2), by its series. */
+static inline vector log_of(vector x)
 {
-    for (uint32_t i = count; i % LANES; i++)
-        values[i] = -INFINITY;
+    whole exponent = ((whole)x - 0x3F3504F3) >> 23;
+    vector mantissa = (vector)((whole)x - (exponent << 23));
+    vector ratio = (mantissa - 1.0f) / (mantissa + 1.0f), square = ratio * ratio;
+    vector series = splat(2.0f / 9);
+    series = series * square + 2.0f / 7;
+    series = series * square + 2.0f / 5;
+    series = series * square + 2.0f / 3;
+    series = series * square + 2.0f;
+    return __builtin_convertvector(exponent, vector) * 0.693147181f + series * ratio;
+}
+
+/* The largest of `values`, of which there are a whole number of vectors. */
+static inline float peak_of(const float *values, uint32_t count)
+{
     vector most = splat(-INFINITY);
     for (uint32_t i = 0; i < count; i += LANES)
-        most = most_of(*(vector *)(values + i), most);
-    float peak = top_of(most);
+        most = most_of(*(const vector *)(values + i), most);
+    return top_of(most);
+}
+
+/* The sum of e^(value - peak), of a whole number of vectors. */
+static inline float sum_below(const float *values, uint32_t count, float peak)
+{
     vector sum = {0};
     for (uint32_t i = 0; i < count; i += LANES)
-        sum += exp_of(*(vector *)(values + i) - peak);
-    return peak + logf(sum_of(sum));
+        sum += exp_of(*(const vector *)(values + i) - peak);
+    return sum_of(sum);
+}
+
+/* Below it a block's sum under the peak of its neighbours has lost something of its precision. */
+static const float FAR_BELOW = 1e-20f;
+
+/* The log-sum-exp of each of up to TILE_BLOCKS blocks of `padded` values, whole vectors of which
+ * all but the first `tokens` count for nothing and are overwritten.  One peak does for all that lie
+ * near it, and logarithms are taken of many at once, since both take long for a single block. */
+static inline __attribute__((always_inline)) void logsumexps(
+    float *values, uint32_t blocks, uint32_t tokens, uint32_t padded, float *results)
+{
+    float peaks[TILE_BLOCKS], sums[TILE_BLOCKS];
+    for (uint32_t block = 0; tokens < padded && block < blocks; block++)
+        for (uint32_t i = tokens; i < padded; i++)
+            values[(size_t)block * padded + i] = -INFINITY;
+    const float peak = peak_of(values, blocks * padded);
+    for (uint32_t block = 0; block < TILE_BLOCKS; block++)
+        peaks[block] = peak, sums[block] = 1;
+    for (uint32_t block = 0; block < blocks; block++, values += padded) {
+        sums[block] = sum_below(values, padded, peak);
+        if (sums[block] < FAR_BELOW) {
+            peaks[block] = peak_of(values, padded);
+            sums[block] = sum_below(values, padded, peaks[block]);
+        }
+    }
+    for (uint32_t block = 0; block < TILE_BLOCKS; block += LANES)
+        *(vector *)(peaks + block) += log_of(*(vector *)(sums + block));
+    memcpy(results, peaks, blocks * sizeof *results);
 }
 
 static inline vector load(const uint8_t *at, int dtype)
@@ -199,13 +245,49 @@ static void box(const ucm_score_shape *shape, uint32_t size, int dtype, const fl
         box_of(shape, size, UCM_BFLOAT16, 2, queries, low, high, scores);
 }
 
+/* Runs its body for each query, run of blocks from `begin` to `end`, and up to MOST_GROUP query
+ * heads, as above.  The body fills `sums` of each head with `padded` floats for each block. */
+#define FOR_EACH_RUN(tokens, ...)                                                                  \
+    float sums[MOST_GROUP][UCM_SCORE_MOST_TOKENS];                                                 \
+    const uint32_t padded = ((tokens) + LANES - 1) / LANES * LANES;                                \
+    uint32_t run = TILE_BLOCKS; /* halved, so that the same blocks share a peak on every thread */ \
+    while (run * padded > UCM_SCORE_MOST_TOKENS)                                                   \
+        run /= 2;                                                                                  \
+    const uint32_t last = shape->first + shape->count;                                             \
+    for (uint32_t begin = shape->first; begin < last; begin += run) {                              \
+        const uint32_t end = last - begin < run ? last : begin + run;                              \
+        for (uint32_t part = 0; part < shape->queries * shape->heads; part++)                      \
+            for (uint32_t member = 0; member < shape->group; member += MOST_GROUP) {               \
+                const uint32_t kv = part % shape->heads;                                           \
+                const size_t row = (size_t)part * shape->group + member;                           \
+                float *to = scores + row * shape->blocks + begin;                                  \
+                switch (shape->group - member) {                                                   \
+                case 1: WITH_RUN(1, tokens, __VA_ARGS__) break;                                    \
+                case 2: WITH_RUN(2, tokens, __VA_ARGS__) break;                                    \
+                case 3: WITH_RUN(3, tokens, __VA_ARGS__) break;                                    \
+                default: WITH_RUN(4, tokens, __VA_ARGS__)                                          \
+                }                                                                                  \
+            }                                                                                      \
+    }
+
+#define WITH_RUN(count, tokens, ...)                                                               \
+    {                                                                                              \
+        enum { HEADS = count };                                                                    \
+        for (uint32_t block = begin; block < end; block++) {                                       \
+            const size_t of = (size_t)block * shape->heads + kv;                                   \
+            const uint32_t at = (block - begin) * padded;                                          \
+            __VA_ARGS__                                                                            \
+        }                                                                                          \
+        for (uint32_t head = 0; head < HEADS; head++, to += shape->blocks)                         \
+            logsumexps(sums[head], end - begin, tokens, padded, to);                               \
+    }
+
 static inline __attribute__((always_inline)) void units_of(
     const ucm_score_shape *shape, uint32_t units, uint32_t size, int dtype, size_t item,
     const float *queries, const uint8_t *keys, float *scores)
 {
-    float sums[MOST_GROUP][UCM_SCORE_MOST_TOKENS + LANES];
-    FOR_EACH_GROUP(
-        const uint8_t *mine = keys + of * units * size * item;
+    FOR_EACH_RUN(
+        units, const uint8_t *mine = keys + of * units * size * item;
         const float *wanted = queries + row * size;
         uint32_t unit = 0;
         for (; unit + LANES <= units; unit += LANES) {
@@ -216,7 +298,7 @@ static inline __attribute__((always_inline)) void units_of(
                     total[head] += values * wanted[head * size + i];
             }
             for (uint32_t head = 0; head < HEADS; head++)
-                *(vector *)(sums[head] + unit) = total[head];
+                *(vector *)(sums[head] + at + unit) = total[head];
         }
         for (; unit < units; unit++)
             for (uint32_t head = 0; head < HEADS; head++) {
@@ -224,10 +306,8 @@ static inline __attribute__((always_inline)) void units_of(
                 for (uint32_t i = 0; i < size; i++)
                     total += load_one(mine + ((size_t)i * units + unit) * item, dtype) *
                              wanted[head * size + i];
-                sums[head][unit] = total;
-            }
-        for (uint32_t head = 0; head < HEADS; head++)
-            results[head] = logsumexp(sums[head], units);)
+                sums[head][at + unit] = total;
+            })
 }
 
 static void units_scores(const ucm_score_shape *shape, uint32_t units, uint32_t size, int dtype,
@@ -281,12 +361,15 @@ static void hash(const ucm_score_shape *shape, uint32_t tokens, uint32_t bytes,
 
 static void tables_scores(const ucm_score_shape *shape, uint32_t planes, uint32_t tokens,
                           const float *tables, const uint8_t *codes, const uint16_t *scales,
-                          float *scores)
+                          const float *offsets, float *scores)
 {
-    float sums[MOST_GROUP][UCM_SCORE_MOST_TOKENS + LANES];
     const size_t table_floats = (size_t)planes * 32; /* of one query head */
-    FOR_EACH_GROUP(
-        const uint8_t *mine = codes + of * planes * tokens;
+    FOR_EACH_RUN(
+        tokens, const uint8_t *mine = codes + of * planes * tokens;
+        /* Of the next run, since heads take turns and the hardware does not see where this goes. */
+        const uintptr_t next = (uintptr_t)mine + (size_t)run * shape->heads * planes * tokens;
+        for (size_t ahead = 0; ahead < planes * tokens; ahead += 64)
+            __builtin_prefetch((const void *)(next + ahead));
         const uint16_t *scale = scales ? scales + of * tokens : NULL;
         uint32_t token = 0;
         for (; token + LANES <= tokens; token += LANES) {
@@ -302,8 +385,10 @@ static void tables_scores(const ucm_score_shape *shape, uint32_t planes, uint32_
             vector factor = splat(1);
             if (scale)
                 factor = load_float16((const uint8_t *)(scale + token));
-            for (uint32_t head = 0; head < HEADS; head++)
-                *(vector *)(sums[head] + token) = total[head] * factor;
+            for (uint32_t head = 0; head < HEADS; head++) {
+                vector offset = splat(offsets ? offsets[row + head] : 0);
+                *(vector *)(sums[head] + at + token) = total[head] * factor + offset;
+            }
         }
         for (; token < tokens; token++)
             for (uint32_t head = 0; head < HEADS; head++) {
@@ -313,11 +398,12 @@ static void tables_scores(const ucm_score_shape *shape, uint32_t planes, uint32_
                     uint8_t code = mine[plane * tokens + token];
                     total += table[code & 15] + table[16 + (code >> 4)];
                 }
-                sums[head][token] = scale ? total * float_of_half(scale[token]) : total;
-            }
-        for (uint32_t head = 0; head < HEADS; head++)
-            results[head] = logsumexp(sums[head], tokens);)
+                total = scale ? total * float_of_half(scale[token]) : total;
+                sums[head][at + token] = total + (offsets ? offsets[row + head] : 0);
+            })
 }
+
+#include "choice_template.h"
 
 const ucm_score_variant NAME = {
     .name = INSTRUCTION_SET,
@@ -326,4 +412,8 @@ const ucm_score_variant NAME = {
     .units = units_scores,
     .hash = hash,
     .tables = tables_scores,
+    .axes_tables = axes_tables,
+    .axes_codes = axes_codes,
+    .mass = mass,
+    .vote = vote,
 };

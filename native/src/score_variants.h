@@ -16,7 +16,14 @@ typedef struct {
     void (*hash)(const ucm_score_shape *, uint32_t, uint32_t, const uint8_t *, const uint8_t *,
                  float *);
     void (*tables)(const ucm_score_shape *, uint32_t, uint32_t, const float *, const uint8_t *,
-                   const uint16_t *, float *);
+                   const uint16_t *, const float *, float *);
+    void (*axes_tables)(const ucm_score_shape *, const ucm_axes *, uint32_t, const float *, float *,
+                        float *);
+    void (*axes_codes)(const ucm_keys *, uint32_t, uint32_t, const ucm_coder *, uint32_t,
+                       uint8_t *);
+    void (*mass)(const ucm_keys *, const int32_t *, uint32_t, uint32_t, uint32_t, uint32_t,
+                 const float *, float *);
+    void (*vote)(const ucm_score_shape *, int, int, const float *, const float *, float *);
 } ucm_score_variant;
 
 extern const ucm_score_variant ucm_score_portable;

@@ -183,11 +183,14 @@ static void test_tables(void)
         static const uint16_t binary16[4] = {0x3C00, 0x3E00, 0x3800, 0x3400};
         static const double exact[4] = {1, 1.5, 0.5, 0.25};
         static uint16_t scales[N * H * B];
+        static float offsets[Q * H * GROUP];
+        fill(offsets, sizeof offsets);
         int scaled = tokens != B - 1;
         for (int i = 0; i < N * H * tokens; i++)
             scales[i] = binary16[i % 4];
         CHECK(ucm_score_tables(&shape, PLANES, (uint32_t)tokens, tables[0][0][0][0],
-                               codes[0][0][0], scaled ? scales : NULL, scores[0][0][0]) == 0);
+                               codes[0][0][0], scaled ? scales : NULL, scaled ? offsets : NULL,
+                               scores[0][0][0]) == 0);
         const uint8_t *packed = (const uint8_t *)codes;
         EACH (q, h, g, n) {
             double sum = 0;
@@ -200,11 +203,12 @@ static void test_tables(void)
                 }
                 sum += exp(scaled ? total * exact[((n * H + h) * tokens + b) % 4] : total);
             }
-            CHECK(near(scores[q][h][g][n], log(sum)));
+            double offset = scaled ? offsets[(q * H + h) * GROUP + g] : 0;
+            CHECK(near(scores[q][h][g][n], log(sum) + offset));
         }
     }
     CHECK(ucm_score_tables(&shape, PLANES, UCM_SCORE_MOST_TOKENS + 1, tables[0][0][0][0],
-                           codes[0][0][0], NULL, scores[0][0][0]) == UCM_INVALID);
+                           codes[0][0][0], NULL, NULL, scores[0][0][0]) == UCM_INVALID);
 }
 
 int main(void)

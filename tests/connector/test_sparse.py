@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ucm_sdk.connector import KVMemory, SparseChange, SparsePlan, SparseWorkerSide
+from ucm_sdk.connector import DecodeRow, KVMemory, SparseChange, SparsePlan, SparseWorkerSide
 from ucm_sdk.layout import KVLayout
 from ucm_sdk.sparse import SparseBudget, SparseKVManager, make_method
 from ucm_sdk.store import KVStoreBase, StoreContext, open_store
@@ -71,9 +71,14 @@ class Worker:
             "r",
             computed_tokens=tokens - 1,
             tokens=tokens,
-            keys=lambda blocks: self.keys[blocks.start : blocks.stop],
+            keys=lambda blocks: self.keys[blocks.start : blocks.stop : blocks.step],
         )
-        return self.side.table(layer, "r", query, tokens=tokens, blocks=TABLE)
+        return self.again(query, layer=layer, tokens=tokens)
+
+    def again(self, query: np.ndarray, *, layer: int = 1, tokens: int) -> Any:
+        """Return a table without summarising anything first."""
+        blocks = TABLE[: -(-tokens // B)]
+        return self.side.tables(layer, [DecodeRow("r", tokens, blocks)], query[None])[0]
 
     def counted(self, name: str) -> float:
         drained = self.recorder.drain().counters
@@ -190,11 +195,11 @@ def test_without_summaries_what_is_in_the_pool_is_attended_to(tmp_path: Path) ->
     query = query_of()
     tokens = (BLOCKS + 4) * B
     worker.table(query)
-    table = worker.side.table(1, "r", query, tokens=tokens, blocks=TABLE)
+    table = worker.again(query, tokens=tokens)
     # Blocks 37 to 40 have come into the middle, are not summarised and have not left.
     assert table.tolist() == [100, *TABLE[37 : BLOCKS + 4].tolist()]
     worker.begin(offloaded=False)
-    assert worker.side.table(1, "r", query, tokens=tokens, blocks=TABLE) is None
+    assert worker.again(query, tokens=tokens) is None
 
 
 def test_a_restarted_request_uses_no_slot_of_before(tmp_path: Path) -> None:

@@ -89,12 +89,20 @@ def manager_of(method: str = "quest", **options: object) -> SparseKVManager:
     return SparseKVManager(method, SparseBudget(ratio=0.2, min_tokens=0))
 
 
+def summarise(manager: SparseKVManager, request: str, keys: np.ndarray) -> None:
+    """Give layer 0 as many blocks of a request as there are keys."""
+    tokens = len(keys) * B
+    manager.summarise(
+        request, 0, tokens=tokens, keys=lambda some: keys[some.start : some.stop : some.step]
+    )
+
+
 def test_a_layer_without_all_its_summaries_is_dense() -> None:
     manager = manager_of()
     manager.request_begin("a", 20 * B)
-    manager.add_keys("a", 0, keys_of(10))
+    summarise(manager, "a", keys_of(10))
     assert manager.choose("a", 0, query_of(), tokens=20 * B) is None
-    manager.add_keys("a", 0, keys_of(10))
+    summarise(manager, "a", keys_of(20))
     assert manager.choose("a", 0, query_of(), tokens=20 * B) is not None
 
 
@@ -103,7 +111,7 @@ def test_layers_that_reuse_a_choice_need_no_summaries() -> None:
     manager.request_begin("a", 20 * B)
     assert not manager.pending("a", 1, 20 * B)
     assert not manager.pending("a", 2, 20 * B)
-    manager.add_keys("a", 0, keys_of(20))
+    summarise(manager, "a", keys_of(20))
     below = manager.choose("a", 0, query_of(), tokens=20 * B)
     above = manager.choose("a", 1, query_of(5), tokens=20 * B)
     assert below is not None
@@ -117,14 +125,14 @@ def test_what_fits_the_prompt_waits_for_its_end() -> None:
     manager.request_begin("a", 20 * B)
     assert not manager.pending("a", 0, 20 * B - 1)
     assert manager.pending("a", 0, 20 * B) == range(20)
-    manager.add_keys("a", 0, keys_of(20))
+    summarise(manager, "a", keys_of(20))
     assert manager.pending("a", 0, 23 * B) == range(20, 23)
 
 
 def test_a_preempted_request_chooses_anew_and_keeps_its_summaries() -> None:
     manager = manager_of(stride=100)
     manager.request_begin("a", 20 * B)
-    manager.add_keys("a", 0, keys_of(20))
+    summarise(manager, "a", keys_of(20))
     first = manager.choose("a", 0, query_of(1), tokens=20 * B)
     assert first is not None
     held = manager.choose("a", 0, query_of(2), tokens=20 * B)
@@ -140,10 +148,10 @@ def test_requests_do_not_share_anything() -> None:
     manager = manager_of()
     for name, seed in (("a", 1), ("b", 2)):
         manager.request_begin(name, 20 * B)
-        manager.add_keys(name, 0, keys_of(20, seed))
+        summarise(manager, name, keys_of(20, seed))
     alone = manager_of()
     alone.request_begin("b", 20 * B)
-    alone.add_keys("b", 0, keys_of(20, 2))
+    summarise(alone, "b", keys_of(20, 2))
     manager.choose("a", 0, query_of(), tokens=20 * B)
     manager.request_finished("a")
     beside = manager.choose("b", 0, query_of(), tokens=20 * B)
@@ -151,6 +159,29 @@ def test_requests_do_not_share_anything() -> None:
     assert beside is not None
     assert expected is not None
     assert np.array_equal(beside.middle, expected.middle)
+
+
+def test_a_long_prompt_is_summarised_in_pieces_that_use_the_same_memory() -> None:
+    keys = keys_of(200)
+    room, asked = np.empty_like(keys), []
+
+    def lent(some: range) -> np.ndarray:
+        asked.append(len(some))
+        room[: len(some)] = keys[some.start : some.stop : some.step]
+        return room[: len(some)]
+
+    managers = manager_of("transform"), manager_of("transform")
+    for manager, take in zip(managers, (lent, lambda some: keys[list(some)]), strict=True):
+        manager.request_begin("a", 200 * B)
+        manager.summarise("a", 0, tokens=200 * B, keys=take)
+    found, expected = (manager.choose("a", 0, query_of(), tokens=200 * B) for manager in managers)
+    sample, *pieces = asked
+    assert sample < 200
+    assert max(pieces) * B <= 1024
+    assert sum(pieces) == 200
+    assert found is not None
+    assert expected is not None
+    assert np.array_equal(found.middle, expected.middle)
 
 
 def test_a_request_begins_once() -> None:
@@ -171,7 +202,7 @@ def test_a_block_that_comes_into_the_middle_ends_a_stride() -> None:
         SparseBudget(ratio=1.0, min_tokens=0),
     )
     manager.request_begin("a", 20 * B)
-    manager.add_keys("a", 0, keys_of(24))
+    summarise(manager, "a", keys_of(24))
     for tokens in range(20 * B, 24 * B):
         choice = manager.choose("a", 0, query_of(), tokens=tokens)
         assert choice is not None

@@ -7,7 +7,7 @@ import pytest
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.sparse import METHODS, AttentionGeometry, UcmSparseBase, make_method
 from ucm_sdk.sparse.kvcomp import random_projections, write_projections
-from ucm_sdk.sparse.transform import allocate_bits
+from ucm_sdk.sparse.transform import allocate_bits, lay_out
 from ucm_sdk.testing import SparseSuite
 from ucm_sdk.testing.sparse_suite import GEOMETRY, keys_of, query_of
 
@@ -96,17 +96,28 @@ def test_rotated_keys_keep_how_long_they_are() -> None:
     assert (errors - errors.mean(-1, keepdims=True)).std() < 0.4
 
 
-def test_bits_go_where_the_variance_is_and_fill_groups_of_four() -> None:
-    variances = np.geomspace(1000, 0.001, 32)
-    bits = allocate_bits(variances, 32)
+def test_bits_go_where_the_variance_is() -> None:
+    bits = allocate_bits(np.geomspace(1000, 0.001, 32)[None], 32)[0]
     assert bits.sum() == 32
     assert (np.diff(bits) <= 0).all()
     assert bits[0] == 4
+
+
+def test_no_axis_lies_in_two_groups_of_four_bits_and_none_upon_another() -> None:
     for seed in range(200):
         random = np.random.default_rng(seed)
-        bits = allocate_bits(random.lognormal(0, 2, 64), 64)
-        assert bits.sum() == 64
-        assert (bits == 3).sum() <= (bits == 1).sum()
+        bits = allocate_bits(random.lognormal(0, 2, (3, 64)), 64)
+        assert (bits.sum(-1) == 64).all()
+        places = lay_out(bits)
+        for widths, begins in zip(bits, places, strict=True):
+            used = [
+                bit
+                for width, begin in zip(widths, begins, strict=True)
+                for bit in range(begin, begin + width)
+            ]
+            assert sorted(used) == list(range(64))
+            whole = widths > 0
+            assert (begins // 4 == (begins + widths - 1) // 4)[whole].all()
 
 
 def test_with_known_mass_a_head_that_looks_elsewhere_has_little_to_say() -> None:

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: MIT
 """The scoring kernels of the C library for NumPy arrays: see native/include/ucm/score.h.
 
-Shapes as in ``ucm_sdk.sparse.base``.  Queries and tables become float32; summaries keep their type,
-float32 or float16.
+Shapes as in ``ucm_sdk.sparse.base``.  Queries and tables become float32; keys and summaries keep
+their type: float32, float16, or uint16, which stands for the bfloat16 that NumPy does not have.
 """
 
 from __future__ import annotations
 
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -18,8 +21,23 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-_DTYPES: Final = {np.dtype(np.float32): 0, np.dtype(np.float16): 1}
-_POINTERS: Final = {np.dtype(np.float32): "float[]", np.dtype(np.uint8): "uint8_t[]"}
+_DTYPES: Final = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.uint16): 2}
+_POINTERS: Final = {
+    np.dtype(np.float32): "float[]",
+    np.dtype(np.uint8): "uint8_t[]",
+    np.dtype(np.uint16): "uint16_t[]",
+    np.dtype(np.uint32): "uint32_t[]",
+    np.dtype(np.int32): "int32_t[]",
+    np.dtype(np.int64): "int64_t[]",
+}
+_MOST_SIZE: Final = 512
+"""Values of a key that ``axes_codes`` and ``known_mass`` take at most."""
+_CODED_AXES: Final = 8
+"""``ucm_axes_codes`` takes axes by so many."""
+_TOGETHER: Final = 16
+"""Blocks that are scored together: see ``UCM_SCORE_TOGETHER``."""
+_PART_BYTES: Final = 2 << 20
+"""Of summaries, that make another thread worth waking."""
 MOST_TOKENS: Final = 1024
 """Units or tokens of a block that ``unit_scores`` and ``table_scores`` take at most."""
 
@@ -39,43 +57,219 @@ def supports(array: NDArray[Any]) -> bool:
     return array.dtype in _DTYPES
 
 
+def codes(keys: NDArray[Any]) -> bool:
+    """Whether ``axes_codes`` takes such keys."""
+    return keys.dtype in _DTYPES and keys.shape[-1] <= _MOST_SIZE
+
+
 def linear_scores(queries: Floats, centres: NDArray[Any]) -> Floats:
     """Return products with ``centres`` ``[n, H, d]``."""
     call = _Call(queries, len(centres))
     arguments = (queries.shape[-1], _DTYPES[centres.dtype], call.queries, _data(centres))
-    return call.run(_lib.ucm_score_linear, *arguments)
+    return call.run(_lib.ucm_score_linear, *arguments, nbytes=centres.nbytes)
 
 
 def box_scores(queries: Floats, low: NDArray[Any], high: NDArray[Any]) -> Floats:
     """Return the largest products with points of the boxes."""
     call = _Call(queries, len(low))
     arguments = (queries.shape[-1], _DTYPES[low.dtype], call.queries, _data(low), _data(high))
-    return call.run(_lib.ucm_score_box, *arguments)
+    return call.run(_lib.ucm_score_box, *arguments, nbytes=2 * low.nbytes)
 
 
 def unit_scores(queries: Floats, units: NDArray[Any]) -> Floats:
     """Return the log-sum-exp over the units ``[n, H, c, u]``."""
     call = _Call(queries, len(units))
     size, count = units.shape[2:]
-    dtype = _DTYPES[units.dtype]
-    return call.run(_lib.ucm_score_units, count, size, dtype, call.queries, _data(units))
+    arguments = (count, size, _DTYPES[units.dtype], call.queries, _data(units))
+    return call.run(_lib.ucm_score_units, *arguments, nbytes=units.nbytes)
 
 
 def hash_scores(query_codes: NDArray[np.uint8], codes: NDArray[np.uint8]) -> Floats:
     """Return minus the least Hamming distances; ``codes`` ``[n, H, w / 8, B, 8]``."""
     call = _Call(query_codes, len(codes), dtype=np.uint8)
     words, tokens = codes.shape[2:4]
-    return call.run(_lib.ucm_score_hash, tokens, 8 * words, call.queries, _data(codes))
+    arguments = (tokens, 8 * words, call.queries, _data(codes))
+    return call.run(_lib.ucm_score_hash, *arguments, nbytes=codes.nbytes)
 
 
 def table_scores(
-    tables: Floats, codes: NDArray[np.uint8], scales: NDArray[np.float16] | None = None
+    tables: Floats,
+    codes: NDArray[np.uint8],
+    scales: NDArray[np.float16] | None = None,
+    offsets: Floats | None = None,
 ) -> Floats:
-    """Return the log-sum-exp over tokens of sums of table entries, each token's times its scale."""
+    """Return the log-sum-exp over tokens of sums of table entries, each token's times its scale.
+
+    ``offsets`` ``[Q, H, g]`` are added to a head's scores.
+    """
     call = _Call(tables, len(codes))
     kept = None if scales is None else _data(scales)
     factors = _ffi.NULL if kept is None else _ffi.cast("uint16_t *", kept)
-    return call.run(_lib.ucm_score_tables, *codes.shape[2:], call.queries, _data(codes), factors)
+    added = _ffi.NULL if offsets is None else _data(offsets)
+    arguments = (*codes.shape[2:], call.queries, _data(codes), factors, added)
+    return call.run(_lib.ucm_score_tables, *arguments, nbytes=codes.nbytes)
+
+
+def axes_tables(
+    queries: Floats,
+    mean: Floats,
+    rows: NDArray[np.float16],
+    levels: NDArray[np.float16],
+    groups: NDArray[np.uint8],
+    *,
+    planes: int,
+) -> tuple[Floats, Floats]:
+    """Return the tables of codes on axes, ``[Q, H, g, 2 p, 16]``, and products with the mean.
+
+    ``mean`` ``[H, d]``, ``rows`` ``[H, u, d]``, ``levels`` ``[H, u, 16]``, ``groups`` ``[H, u]``.
+    """
+    call = _Call(queries, 0)
+    tables = np.empty((*queries.shape[:3], 2 * planes, 16), np.float32)
+    offsets = np.empty(queries.shape[:3], np.float32)
+    axes, kept = _axes(queries.shape[-1], mean, rows, levels, groups)
+    status = _lib.ucm_axes_tables(
+        call.shape, axes, planes, call.queries, _data(tables), _data(offsets)
+    )
+    del kept
+    _check(status, "making tables")
+    return tables, offsets
+
+
+def axes_codes(
+    keys: NDArray[Any],
+    mean: Floats,
+    columns: Floats,
+    thresholds: Floats,
+    bits: NDArray[np.uint8],
+    places: NDArray[np.uint16],
+    *,
+    planes: int,
+) -> NDArray[np.uint8]:
+    """Return codes ``[n, H, p, B]`` of keys ``[n, H, B, d]``, in whatever order these lie.
+
+    ``columns`` ``[H, d, u]``, ``thresholds`` ``[H, u, 15]``, ``bits`` and ``places``, the first of
+    an axis' bits among those of all planes, ``[H, u]``.
+    """
+    blocks, heads, tokens, _ = keys.shape
+    missing = -columns.shape[2] % _CODED_AXES
+    wide = ((0, 0), (0, missing))
+    columns = np.pad(columns, ((0, 0), *wide))
+    thresholds = np.pad(thresholds, (*wide, (0, 0)))
+    steps = np.pad((1 << bits) - 1, wide).astype(np.uint8)
+    places = np.pad(places, wide)
+    parts = [_data(part) for part in (mean, columns, thresholds, steps, places)]
+    coder = _ffi.new("ucm_coder *", (columns.shape[2], *parts))
+    codes = np.empty((blocks, heads, planes, tokens), np.uint8)
+    where = _keys(keys)
+    _check(_lib.ucm_axes_codes(where, blocks, heads, coder, planes, _data(codes)), "coding of keys")
+    return codes
+
+
+def known_mass(
+    queries: Floats,
+    memory: NDArray[Any],
+    blocks: NDArray[np.int32],
+    ends: NDArray[np.uint32],
+    last_tokens: NDArray[np.uint32],
+) -> Floats:
+    """Return the log-sum-exp of products of scaled queries and keys: see ``sparse.kernels``."""
+    mass = np.empty(queries.shape[:3], np.float32)
+    _check(
+        _lib.ucm_score_mass(
+            _keys(memory),
+            len(ends),
+            _data(blocks),
+            _data(ends),
+            _data(last_tokens),
+            *queries.shape[1:3],
+            _data(queries),
+            _data(mass),
+        ),
+        "known mass",
+    )
+    return mass
+
+
+def choose_by_axes(
+    queries: Floats,
+    basis: tuple[NDArray[Any], ...],
+    codes: NDArray[np.uint8],
+    known: Floats | None,
+    count: int,
+    *,
+    shares: bool,
+    together: bool,
+) -> NDArray[np.int64]:
+    """Return the best blocks, ``[H, count]`` or ``[1, count]``, by one query ``[1, H, g, d]``.
+
+    The same as ``axes_tables``, ``table_scores``, ``votes`` and ``best`` after another; ``basis``
+    is what the first of these takes.
+    """
+    blocks, heads, planes, tokens = codes.shape
+    call = _Call(queries, blocks)
+    choices, rows = 1 if together else heads, heads * queries.shape[2]
+    scratch = np.empty(rows * (32 * planes + 1 + blocks) + choices * blocks, np.float32)
+    chosen = np.empty((choices, count), np.int64)
+    axes, kept = _axes(queries.shape[-1], *basis)
+    status = _lib.ucm_choose_by_axes(
+        call.shape,
+        axes,
+        planes,
+        tokens,
+        call.queries,
+        _data(codes),
+        _lib.UCM_VOTE_SHARE if shares else _lib.UCM_VOTE_SCORE,
+        together,
+        _ffi.NULL if known is None else _data(known),
+        count,
+        _data(scratch),
+        _data(chosen),
+    )
+    del kept
+    _check(status, "choosing")
+    return chosen
+
+
+def is_small(codes: NDArray[np.uint8]) -> bool:
+    """Whether one thread scores these best."""
+    return codes.nbytes < 2 * _PART_BYTES
+
+
+def votes(scores: Floats, known: Floats | None, *, shares: bool, together: bool) -> Floats:
+    """Return ``[Q, H, n]``, or ``[Q, 1, n]`` together: see ``UcmSparseBase.vote``."""
+    count, heads, _, blocks = scores.shape
+    call = _Call(scores, blocks)
+    result = np.empty((count, 1 if together else heads, blocks), np.float32)
+    also = _ffi.NULL
+    if known is not None:
+        also = _data(np.broadcast_to(known, scores.shape[:3]).astype(np.float32, copy=False))
+    rule = _lib.UCM_VOTE_SHARE if shares else _lib.UCM_VOTE_SCORE
+    _check(_lib.ucm_vote(call.shape, rule, together, call.queries, also, _data(result)), "voting")
+    return result
+
+
+def best(values: Floats, count: int) -> NDArray[np.int64]:
+    """Return the places of the ``count`` largest of ``[..., n]``, ascending; earlier of equals."""
+    rows = values.reshape(-1, values.shape[-1])
+    chosen = np.empty((len(rows), count), np.int64)
+    for row, places in zip(rows, chosen, strict=True):
+        status = _lib.ucm_select(_data(row), len(row), count, _data(places))
+        _check(status, f"choosing {count} of {len(row)}")
+    return chosen.reshape(*values.shape[:-1], count)
+
+
+def _axes(size: int, *basis: NDArray[Any]) -> tuple[Any, Any]:
+    """Return ``ucm_axes`` and what must be kept for as long as it is used."""
+    mean, rows, levels, groups = (_data(part) for part in basis)
+    halves = (_ffi.cast("uint16_t *", rows), _ffi.cast("uint16_t *", levels))
+    axes = _ffi.new("ucm_axes *", (size, basis[1].shape[1], mean, *halves, groups))
+    return axes, (mean, rows, levels, groups)
+
+
+def _keys(keys: NDArray[Any]) -> Any:
+    """Return ``ucm_keys`` of an array ``[., H, B, d]``, which its caller keeps alive."""
+    fields = (*keys.strides, *keys.shape[2:], _DTYPES[keys.dtype])
+    return _ffi.new("ucm_keys *", (_ffi.cast("void *", keys.ctypes.data), *fields))
 
 
 class _Call:
@@ -84,12 +278,40 @@ class _Call:
     def __init__(self, queries: NDArray[Any], blocks: int, dtype: type = np.float32) -> None:
         self.queries = _data(queries.astype(dtype, copy=False))
         count, heads, group = queries.shape[:3]
-        self._shape = _ffi.new("ucm_score_shape *", (count, heads, group, blocks, 0, blocks))
+        self.shape = _ffi.new("ucm_score_shape *", (count, heads, group, blocks, 0, blocks))
         self._scores = np.empty((count, heads, group, blocks), np.float32)
 
-    def run(self, function: Any, *arguments: Any) -> Floats:
-        _check(function(self._shape, *arguments, _data(self._scores)), "scoring")
+    def run(self, function: Any, *arguments: Any, nbytes: int) -> Floats:
+        """Score from ``nbytes`` of summaries, on several threads where that pays."""
+        scores = _data(self._scores)
+        shape, blocks = self.shape, self.shape.blocks
+        parts = min(_processors(), nbytes // _PART_BYTES, blocks // _TOGETHER)
+        if parts <= 1:
+            _check(function(shape, *arguments, scores), "scoring")
+            return self._scores
+        step = -(-blocks // (parts * _TOGETHER)) * _TOGETHER
+        fields = (shape.queries, shape.heads, shape.group, blocks)
+        shapes = [
+            _ffi.new("ucm_score_shape *", (*fields, first, min(step, blocks - first)))
+            for first in range(0, blocks, step)
+        ]
+        for status in _threads().map(lambda part: function(part, *arguments, scores), shapes):
+            _check(status, "scoring")
         return self._scores
+
+
+@functools.cache
+def _processors() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_processors(), thread_name_prefix="ucm-score")
+
+
+# A child process has none of its parent's threads.
+os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 def _data(array: NDArray[Any]) -> Any:

@@ -25,12 +25,13 @@ from ucm_sdk.connector.plans import (
     WorkerReport,
 )
 from ucm_sdk.connector.scheduler import SchedulerSide
-from ucm_sdk.connector.sparse import SparseWorkerSide
+from ucm_sdk.connector.sparse import DecodeRow, SparseWorkerSide
 from ucm_sdk.connector.worker import KVMemory, WorkerSide
 
 __all__ = [
     "ConnectorOptions",
     "CostModel",
+    "DecodeRow",
     "FromBlock",
     "KVMemory",
     "LoadPlan",

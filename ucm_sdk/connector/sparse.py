@@ -2,7 +2,7 @@
 """The worker side of sparse attention: block tables of one step, and the loads into slots.
 
 An engine calls ``begin_step`` once a step and, in each layer after it has written the step's keys,
-``summarise`` and then ``table`` for every request that decodes one token.
+``summarise`` for every request and then ``tables`` for all that decode one token.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from ucm_sdk.connector.offload import SparsePlan
     from ucm_sdk.connector.worker import KVMemory
-    from ucm_sdk.sparse import Array, SparseKVManager
+    from ucm_sdk.sparse import Array, Cut, SparseKVManager
     from ucm_sdk.store import KVStoreBase
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,50 @@ class _Request:
     slots: tuple[int, ...] = ()
     tables: list[SlotTable] = field(default_factory=list)
     """One per layer, over ``slots``."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRow:
+    """A request that decodes one token in a step."""
+
+    request: str
+    tokens: int
+    """How many there are, the one that is decoded included."""
+    blocks: NDArray[np.int32]
+    """The request's row of the engine's block table; the blocks that are not in the pool mean
+    nothing."""
+
+
+@dataclass(slots=True)
+class _Part:
+    """What one row attends to between its sink and its recent blocks, while slots are filled."""
+
+    row: DecodeRow
+    request: _Request
+    cut: Cut
+    chosen: bool
+    found: NDArray[np.int32]
+    """The engine's blocks of what was chosen, -1 where there is none."""
+    places: NDArray[np.intp] = field(default_factory=lambda: np.empty(0, np.intp))
+    """Which of these lie in slots."""
+    loads: list[tuple[int, int]] = field(default_factory=list)
+    """Blocks of the request that must be loaded, and into which slots."""
+
+    def lose(self, block: int, slot: int, table: SlotTable) -> None:
+        """Take back that ``block`` came into ``slot``."""
+        table.forget(block)
+        in_slots = self.found[self.places]
+        in_slots[in_slots == self.request.slots[slot]] = -1
+        self.found[self.places] = in_slots
+
+    def table(self) -> NDArray[np.int32]:
+        """Return the engine's blocks that the row attends to."""
+        cut, request, blocks = self.cut, self.request, self.row.blocks
+        begin, end = cut.first, max(cut.last, request.last)
+        # Middle blocks that this layer did not choose from, while they are still in the pool.
+        rest = blocks[begin:begin] if self.chosen else blocks[request.last : end]
+        kept = self.found[self.found >= 0]
+        return np.concatenate([blocks[:begin], kept, rest, blocks[end : cut.blocks]])
 
 
 class SparseWorkerSide:
@@ -117,86 +161,89 @@ class SparseWorkerSide:
         # Such a step attends to all blocks; the planner offloads none before the last of them.
         assert tokens - computed_tokens == 1 or request.last <= request.first, id
         self._manager.rewind(id, layer, computed_tokens)
-        pending = self._manager.pending(id, layer, tokens)
-        if pending:
-            self._manager.add_keys(id, layer, keys(pending))
+        self._manager.summarise(id, layer, tokens=tokens, keys=keys)
 
-    def table(
-        self,
-        layer: int,
-        id: str,
-        queries: Array,
-        *,
-        tokens: int,
-        blocks: NDArray[np.int32],
-        known: Array | None = None,
-    ) -> NDArray[np.int32] | None:
-        """Return the engine's blocks that the request's last token attends to, in order.
+    def tables(
+        self, layer: int, rows: Sequence[DecodeRow], queries: Array, known: Array | None = None
+    ) -> list[NDArray[np.int32] | None]:
+        """Return the engine's blocks that each row attends to, in order.
 
-        ``blocks`` is the request's row of the engine's block table, of which the blocks that are
-        not in the pool mean nothing.  The last block returned is the last of the request.  None
-        stands for all of ``blocks``.  Waits for the loads of chosen blocks; one that fails is left
-        out.
+        ``queries`` ``[R, H, g, d]`` of the tokens that are decoded; ``known`` ``[R, H, g]`` is the
+        log-sum-exp of their scores over the sink and recent tokens.  The last block of each row is
+        the last of its request; None stands for all of a row's blocks.  Waits for the loads of
+        chosen blocks, all rows' at once; one that fails is left out.
         """
+        parts = [
+            self._part(layer, row, queries[index], None if known is None else known[index])
+            for index, row in enumerate(rows)
+        ]
+        self._fill_slots(layer, [part for part in parts if part is not None and part.loads])
+        return [None if part is None else part.table() for part in parts]
+
+    def _part(
+        self, layer: int, row: DecodeRow, queries: Array, known: Array | None
+    ) -> _Part | None:
+        id, tokens = row.request, row.tokens
         request = self._requests[id]
         if tokens <= self._manager.prompt_tokens(id):
             return None  # the prompt's last token is not decoded, though it may come alone
         choice = self._manager.choose(id, layer, queries, tokens=tokens, known=known)
-        cut = self._manager.budget.cut(tokens, self._manager.method.geometry.block_tokens)
         if choice is None:
             if request.last <= request.first:
                 return None
-            middle = np.empty(0, np.int64)
-        else:
-            middle = choice.middle[0]
-        row = blocks[: cut.blocks]
-        away = (middle >= request.first) & (middle < request.last)
-        found = row[middle].copy()
-        found[away] = self._in_slots(layer, request, middle[away])
-        kept = found[found >= 0]
-        begin, end = cut.first, max(cut.last, request.last)
-        # Middle blocks that this layer did not choose from, while they are still in the pool.
-        rest = row[begin:begin] if choice is not None else row[request.last : end]
-        return np.concatenate([row[:begin], kept, rest, row[end:]])
+            cut = self._manager.budget.cut(tokens, self._manager.method.geometry.block_tokens)
+            return _Part(row, request, cut, chosen=False, found=np.empty(0, np.int32))
+        middle = choice.middle[0]
+        part = _Part(row, request, choice.cut, chosen=True, found=row.blocks[middle])
+        if request.last > request.first:
+            away = (middle >= request.first) & (middle < request.last)
+            part.places = np.flatnonzero(away)
+            self._place(layer, part, middle[part.places].tolist())
+        return part
 
-    def _in_slots(
-        self, layer: int, request: _Request, wanted: NDArray[np.int64]
-    ) -> NDArray[np.int32]:
-        """Return the slots' blocks of the engine, -1 for what could not be loaded."""
-        fitting = wanted[: len(request.slots)].tolist()
-        result = np.full(len(wanted), -1, np.int32)
+    def _place(self, layer: int, part: _Part, wanted: list[int]) -> None:
+        """Give each wanted block a slot, as far as there are any."""
+        slots_of = part.request.slots
+        fitting = wanted[: len(slots_of)]
         if len(fitting) < len(wanted):
             self._recorder.count(telemetry.SPARSE_MISSED_BLOCKS, len(wanted) - len(fitting))
-        if not fitting:
-            return result
-        table = request.tables[layer]
-        slots, loads = table.place(fitting)
-        result[: len(fitting)] = [request.slots[slot] for slot in slots]
-        self._recorder.count(
-            telemetry.SPARSE_SLOT_BLOCKS, len(fitting) - len(loads), labels=("hit",)
-        )
-        if loads:
-            failed = self._load(layer, request, loads)
-            for block in failed:
-                table.forget(block)
-            if failed:
-                lost = np.isin(wanted[: len(fitting)], failed)
-                result[: len(fitting)][lost] = -1
-                self._recorder.count(telemetry.SPARSE_MISSED_BLOCKS, len(failed))
-        return result
+            part.found[part.places[len(fitting) :]] = -1
+            part.places = part.places[: len(fitting)]
+        if fitting:
+            slots, part.loads = part.request.tables[layer].place(fitting)
+            part.found[part.places] = [slots_of[slot] for slot in slots]
+            hits = len(fitting) - len(part.loads)
+            self._recorder.count(telemetry.SPARSE_SLOT_BLOCKS, hits, labels=("hit",))
 
-    def _load(self, layer: int, request: _Request, loads: Sequence[tuple[int, int]]) -> list[int]:
-        """Load one layer of blocks into slots; returns the blocks that failed."""
+    def _fill_slots(self, layer: int, parts: Sequence[_Part]) -> None:
+        """Load what the parts want; what fails is lost to them."""
+        wanted = [(part, block, slot) for part in parts for block, slot in part.loads]
+        if not wanted:
+            return
+        good = self._load(
+            layer,
+            [part.request.ids[block - part.request.first] for part, block, _ in wanted],
+            [part.request.slots[slot] for part, _, slot in wanted],
+        )
+        if good.all():
+            return
+        for index in np.flatnonzero(~good).tolist():
+            part, block, slot = wanted[index]
+            part.lose(block, slot, part.request.tables[layer])
+        self._recorder.count(telemetry.SPARSE_MISSED_BLOCKS, int((~good).sum()))
+
+    def _load(self, layer: int, ids: list[bytes], into: list[int]) -> NDArray[np.bool_]:
+        """Load one layer of blocks into blocks of the engine; returns which are there."""
         if time.monotonic() < self._closed_until:
-            return [block for block, _ in loads]
+            return np.zeros(len(ids), np.bool_)
         pieces = slice(layer, layer + 1)
         batch = Batch.pieces(
-            tuple(request.ids[block - request.first] for block, _ in loads),
+            ids,
             offsets=self._offsets[pieces],
             lengths=self._lengths[pieces],
-            addresses=self._memory.addresses([request.slots[slot] for _, slot in loads], pieces),
+            addresses=self._memory.addresses(into, pieces),
         )
-        self._recorder.count(telemetry.SPARSE_SLOT_BLOCKS, len(loads), labels=("load",))
+        self._recorder.count(telemetry.SPARSE_SLOT_BLOCKS, len(ids), labels=("load",))
         try:
             task = self._store.load(batch, owners=self._memory.owners)
             try:
@@ -208,11 +255,10 @@ class SparseWorkerSide:
                     self._recorder.count(telemetry.TIMEOUTS, labels=("load",))
                 # Nothing is written to the slots after this.
                 task.cancel()
-            good = task.statuses == Status.OK
+            return np.asarray(task.statuses == Status.OK)
         except UcmError as error:
             self._log(error)
-            good = np.zeros(len(loads), np.bool_)
-        return [block for (block, _), ok in zip(loads, good, strict=True) if not ok]
+            return np.zeros(len(ids), np.bool_)
 
     def _log(self, error: UcmError) -> None:
         now = time.monotonic()

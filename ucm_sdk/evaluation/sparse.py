@@ -100,7 +100,9 @@ class SparseAttention:
         steps, end = queries.shape[2], keys.shape[1]
         blocked = keys[:, : end // size * size].reshape(len(keys), -1, size, keys.shape[2])
         blocked = blocked.transpose(1, 0, 2, 3)
-        basis = method.fit(layer, blocked[: self._prompt_tokens // size])
+        basis = method.fit(
+            layer, blocked[list(method.fit_blocks(range(self._prompt_tokens // size)))]
+        )
         self.basis_bytes = method.basis_bytes(basis)
         summaries = method.summarise(blocked, basis)
         heads = 1 if method.options.share == "layer" else len(keys)

@@ -14,9 +14,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
+import numpy as np
 from array_api_compat import array_namespace
 from pydantic import Field
 
+from ucm_sdk._native import scoring
 from ucm_sdk.config import Strict
 from ucm_sdk.errors import ConfigError
 
@@ -116,6 +118,10 @@ class UcmSparseBase(ABC):
         del layer, keys
         return ()
 
+    def fit_blocks(self, blocks: range) -> range:
+        """Return those of a request's ``blocks`` whose keys ``fit`` is to see: all, or a sample."""
+        return blocks
+
     @abstractmethod
     def summarise(self, keys: Array, basis: Arrays) -> Arrays:
         """Return one array per field, ``[n, H, *shape]``, of whole blocks ``[n, H, B, d]``."""
@@ -128,25 +134,43 @@ class UcmSparseBase(ABC):
         estimate of ``log(sum(exp(scale * query · key)))`` over the block's tokens.
         """
 
+    def choose(
+        self, queries: Array, summaries: Arrays, basis: Arrays, known: Array | None, count: int
+    ) -> Array:
+        """Return the ``count`` blocks ``[H, count]``, or ``[1, count]``, of most votes, ascending.
+
+        What ``score``, ``vote`` and ``select`` say together; ``known`` ``[H, g]``.
+        """
+        scores = self.score(queries, summaries, basis)
+        votes = self.vote(scores, None if known is None else known[None])
+        return self.select(array_namespace(votes).sum(votes, axis=0), count)
+
     def vote(self, scores: Array, known: Array | None = None) -> Array:
         """Return ``[Q, H, n]``, or ``[Q, 1, n]`` where a layer chooses as one.
 
         ``known`` ``[Q, H, g]`` is the exact log-sum-exp over the tokens that are kept anyway.
         """
+        together, shares = self.options.share == "layer", self.options.vote != "score"
+        if self.options.vote != "probability":
+            known = None
+        if isinstance(scores, np.ndarray) and scores.dtype == np.float32:
+            return scoring.votes(scores, known, shares=shares, together=together)
         xp = array_namespace(scores)
-        if self.options.vote != "score":
+        if shares:
             total = logsumexp(scores)
-            if self.options.vote == "probability" and known is not None:
+            if known is not None:
                 total = xp.logaddexp(total, known)
             scores = xp.exp(scores - total[..., None])
         votes = xp.sum(scores, axis=2)
-        return xp.sum(votes, axis=1, keepdims=True) if self.options.share == "layer" else votes
+        return xp.sum(votes, axis=1, keepdims=True) if together else votes
 
     def select(self, votes: Array, count: int) -> Array:
         """Return the ``count`` best of ``[..., n]``, ascending and without repetition.
 
         Equal votes go to the earlier block, so that every array library chooses the same.
         """
+        if isinstance(votes, np.ndarray) and votes.dtype == np.float32:
+            return scoring.best(votes, count)
         xp = array_namespace(votes)
         best = xp.argsort(votes, axis=-1, descending=True, stable=True)[..., :count]
         return xp.sort(best, axis=-1)

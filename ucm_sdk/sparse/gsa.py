@@ -52,6 +52,10 @@ class Gsa(UcmSparseBase):
         """Return the scorer's basis."""
         return self._scorer.fit(layer, keys)
 
+    def fit_blocks(self, blocks: range) -> range:
+        """Return those that the scorer wants."""
+        return self._scorer.fit_blocks(blocks)
+
     def basis_bytes(self, basis: Arrays) -> int:
         """Return the bytes of the scorer's basis."""
         return self._scorer.basis_bytes(basis)

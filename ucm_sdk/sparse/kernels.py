@@ -10,9 +10,10 @@ from typing import Any, Final
 
 import numpy as np
 from array_api_compat import array_namespace, device
+from numpy.typing import NDArray
 
 from ucm_sdk._native import scoring
-from ucm_sdk.sparse.base import Array, logsumexp
+from ucm_sdk.sparse.base import Array, Arrays, logsumexp
 
 _BIT_COUNT: Final = np.array([byte.bit_count() for byte in range(256)], np.uint8)
 
@@ -98,15 +99,17 @@ def hash_scores(query_codes: Array, codes: Array) -> Array:
     return -xp.stack(best, axis=1)
 
 
-def table_scores(tables: Array, codes: Array, scales: Array | None = None) -> Array:
+def table_scores(
+    tables: Array, codes: Array, scales: Array | None = None, offsets: Array | None = None
+) -> Array:
     """Return the log-sum-exp over a block's tokens of sums looked up by 4-bit codes.
 
     ``tables`` ``[Q, H, g, 2 * p, 16]``; ``codes`` ``[n, H, p, B]``, bytes: plane ``p`` of a token
     holds the codes of tables ``2 p`` (low half) and ``2 p + 1``.  ``scales`` ``[n, H, B]``, in
-    float16, multiply each token's sum.
+    float16, multiply each token's sum; ``offsets`` ``[Q, H, g]`` are added to a head's scores.
     """
     if isinstance(codes, np.ndarray) and codes.shape[3] <= scoring.MOST_TOKENS:
-        return scoring.table_scores(tables, codes, scales)
+        return scoring.table_scores(tables, codes, scales, offsets)
     xp = array_namespace(tables)
     blocks, heads, planes, tokens = codes.shape
     count, _, group = tables.shape[:3]
@@ -123,7 +126,98 @@ def table_scores(tables: Array, codes: Array, scales: Array | None = None) -> Ar
         if scales is not None:
             products = products * xp.astype(scales[:, head, :], xp.float32)
         result.append(logsumexp(products))
-    return xp.stack(result, axis=1)
+    scores = xp.stack(result, axis=1)
+    return scores if offsets is None else scores + offsets[..., None]
+
+
+def axes_tables(
+    queries: Array, mean: Array, rows: Array, levels: Array, groups: Array, *, planes: int
+) -> tuple[Array, Array]:
+    """Return tables for ``table_scores`` of codes on axes, and products with ``mean``.
+
+    ``mean`` ``[H, d]``, ``rows`` ``[H, u, d]``, ``levels`` ``[H, u, 16]``: what an axis adds by the
+    code of its group, of which ``groups`` ``[H, u]`` has the number, 0 to ``2 * planes - 1``.
+    """
+    if isinstance(queries, np.ndarray):
+        return scoring.axes_tables(queries, mean, rows, levels, groups, planes=planes)
+    xp = array_namespace(queries)
+    along = queries @ xp.matrix_transpose(xp.astype(rows, xp.float32))
+    every = constant(np.arange(2 * planes, dtype=np.uint8), groups)
+    member = xp.astype(groups[:, None, :] == every[:, None], xp.float32)
+    added = xp.astype(levels, xp.float32)
+    tables = (member[:, None, :, :] * along[..., None, :]) @ added[:, None, :, :]
+    return tables, xp.sum(queries * mean[:, None, :], axis=-1)
+
+
+def axes_codes(
+    keys: Array,
+    mean: Array,
+    rows: Array,
+    *,
+    thresholds: Array,
+    bits: Array,
+    places: Array,
+    planes: int,
+) -> Array:
+    """Return codes ``[n, H, p, B]``: how many thresholds a key less the mean exceeds on an axis.
+
+    ``thresholds`` ``[H, u, 15]``, of which an axis has ``2 ** bits - 1``, the others infinite;
+    ``places`` ``[H, u]`` is the first of its bits in the line of eight times ``planes``.
+    """
+    xp = array_namespace(keys)
+    columns = xp.matrix_transpose(xp.astype(rows, xp.float32))
+    if isinstance(keys, np.ndarray) and scoring.codes(keys):
+        return scoring.axes_codes(keys, mean, columns, thresholds, bits, places, planes=planes)
+    products = (xp.astype(keys, xp.float32) - mean[:, None, :]) @ columns
+    code = xp.zeros_like(products)
+    for step in range(thresholds.shape[-1]):
+        code = code + xp.astype(products > thresholds[:, None, :, step], xp.float32)
+    place = xp.astype(places, xp.int64)
+    shifted = code * xp.astype(2 ** (place % 8), xp.float32)[:, None, :]
+    every = constant(np.arange(planes), keys)
+    within = xp.astype((place // 8)[..., None] == every, xp.float32)
+    return xp.permute_dims(xp.astype(shifted @ within, xp.uint8), (0, 1, 3, 2))
+
+
+def choose_by_axes(
+    queries: Array,
+    basis: Arrays,
+    codes: Array,
+    known: Array | None,
+    count: int,
+    *,
+    shares: bool,
+    together: bool,
+) -> Array | None:
+    """Return what ``axes_tables``, ``table_scores``, voting and selecting give, in one call.
+
+    None where there is no such call: for other arrays than NumPy's, for several queries, and where
+    scoring alone takes so long that it is better shared by threads.
+    """
+    if not isinstance(queries, np.ndarray) or len(queries) > 1 or not scoring.is_small(codes):
+        return None
+    if codes.shape[3] > scoring.MOST_TOKENS:
+        return None
+    return scoring.choose_by_axes(
+        queries, basis, codes, known, count, shares=shares, together=together
+    )
+
+
+def known_mass(
+    queries: NDArray[np.float32],
+    memory: NDArray[Any],
+    blocks: NDArray[np.int32],
+    ends: NDArray[np.uint32],
+    last_tokens: NDArray[np.uint32],
+) -> NDArray[np.float32]:
+    """Return the exact log-sum-exp of products of queries and keys where they lie, ``[R, H, g]``.
+
+    ``queries`` ``[R, H, g, d]`` of ``R`` requests; ``memory``, host memory ``[pages, H, B, d]`` in
+    whatever order, of float32, float16, or uint16 that holds bfloat16; ``blocks`` numbers the pages
+    of the requests one after another, of which request ``r`` has those before ``ends[r]``, and of
+    its last page the first ``last_tokens[r]`` keys.
+    """
+    return scoring.known_mass(queries, memory, blocks, ends, last_tokens)
 
 
 def constant(values: Any, like: Array) -> Array:

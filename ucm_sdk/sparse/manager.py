@@ -8,8 +8,9 @@ out.  Blocks are numbered within their request, from 0.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 from array_api_compat import array_namespace, device
@@ -18,6 +19,9 @@ from numpy.typing import NDArray
 from ucm_sdk.errors import ArgumentError
 from ucm_sdk.sparse.base import Array, Arrays, UcmSparseBase
 from ucm_sdk.sparse.budget import Cut, SparseBudget
+
+_PIECE_TOKENS: Final = 1024
+"""Keys are summarised in pieces that stay in a cache, not a whole prompt at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +86,12 @@ class _Layer:
     age: int = 0
     """Steps since it was chosen."""
 
-    def append(self, summaries: Arrays, blocks: int) -> None:
+    def append(self, summaries: Arrays, blocks: int, room: int) -> None:
+        """Add summaries of ``blocks`` blocks; ``room`` will be needed soon."""
         end = self.count + blocks
         if not self.arrays or self.arrays[0].shape[0] < end:
             self.arrays = [
-                _with_room(summary, old, self.count, 2 * end)
+                _with_room(summary, old, self.count, 2 * max(end, room))
                 for summary, old in zip(
                     summaries, self.arrays or [None] * len(summaries), strict=True
                 )
@@ -113,8 +118,8 @@ class _Request:
 class SparseKVManager:
     """The sparse attention of one worker; not thread-safe, like an engine's worker.
 
-    For every layer of a request: ``pending`` says which blocks' keys are wanted, ``add_keys`` takes
-    them, ``choose`` says what a decode step attends to.  A layer whose middle blocks are not all
+    For every layer of a request: ``summarise`` asks for the keys of the blocks that have become
+    whole, ``choose`` says what a decode step attends to.  A layer whose middle blocks are not all
     summarised is dense.
     """
 
@@ -166,7 +171,7 @@ class SparseKVManager:
             self.method.request_finished(request_id)
 
     def pending(self, request_id: str, layer: int, tokens: int) -> range:
-        """Return the blocks to give to ``add_keys`` now that ``tokens`` tokens are computed.
+        """Return the blocks that ``summarise`` asks for now that ``tokens`` tokens are computed.
 
         Whole blocks only; none of a request that is too short to be sparse, and none before the
         prompt has ended where the method fits to it.
@@ -179,12 +184,25 @@ class SparseKVManager:
             return range(done, done)
         return range(done, tokens // self.method.geometry.block_tokens)
 
-    def add_keys(self, request_id: str, layer: int, keys: Array) -> None:
-        """Summarise the next blocks, ``[n, H, B, d]``, which follow those that were added."""
+    def summarise(
+        self, request_id: str, layer: int, *, tokens: int, keys: Callable[[range], Array]
+    ) -> None:
+        """Summarise the blocks that are whole now that ``tokens`` tokens are computed.
+
+        ``keys`` returns ``[n, H, B, d]`` of some blocks of the request; it is called for a few
+        blocks at a time, and may use their memory again.
+        """
+        pending = self.pending(request_id, layer, tokens)
+        if not pending:
+            return
         state = self._requests[request_id].layers[layer]
         if state.basis is None:
-            state.basis = self.method.fit(layer, keys)
-        state.append(self.method.summarise(keys, state.basis), keys.shape[0])
+            state.basis = self.method.fit(layer, keys(self.method.fit_blocks(pending)))
+        step = max(1, _PIECE_TOKENS // self.method.geometry.block_tokens)
+        for first in pending[::step]:
+            blocks = pending[first - pending.start :][:step]
+            summaries = self.method.summarise(keys(blocks), state.basis)
+            state.append(summaries, len(blocks), pending.stop)
 
     def choose(
         self,
@@ -233,10 +251,8 @@ class SparseKVManager:
             return
         xp = array_namespace(queries)
         middle = tuple(array[cut.first : cut.last] for array in state.arrays)
-        scores = self.method.score(xp.stack(list(state.queries)), middle, state.basis)
-        votes = self.method.vote(scores, None if known is None else known[None])
-        votes = xp.sum(votes, axis=0)
-        chosen = self.method.select(votes, cut.chosen) + cut.first
+        asked = xp.stack(list(state.queries))
+        chosen = self.method.choose(asked, middle, state.basis, known, cut.chosen) + cut.first
         state.chosen = np.asarray(chosen.cpu() if hasattr(chosen, "cpu") else chosen, np.int64)
         state.age, state.cut = 0, cut
 

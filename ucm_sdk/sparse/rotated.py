@@ -96,4 +96,4 @@ class Rotated(UcmSparseBase):
         second = constant(level[code // _CODES], queries)
         tables = pairs[..., :1] * first + pairs[..., 1:] * second
         centre = xp.sum(scaled * basis[0][:, None, :], axis=-1)
-        return table_scores(tables, *summaries) + centre[..., None]
+        return table_scores(tables, summaries[0], summaries[1], centre)

@@ -28,56 +28,71 @@ from ucm_sdk.sparse.base import (
     SummaryField,
     UcmSparseBase,
 )
-from ucm_sdk.sparse.kernels import constant, table_scores
+from ucm_sdk.sparse.kernels import (
+    axes_codes,
+    axes_tables,
+    choose_by_axes,
+    constant,
+    table_scores,
+)
 from ucm_sdk.sparse.quantisers import CODES, DISTORTION, LEVELS, MOST_BITS, THRESHOLDS
 
 _LEAST_VARIANCE: Final = 1e-24
 """Of an axis on which all keys agree."""
+_SAMPLE: Final = 32
+"""Tokens per value of a head from which the basis is made: more change it little."""
 
 
 def allocate_bits(variances: NDArray[np.float64], total: int) -> NDArray[np.int64]:
-    """Return bits per axis, 0 to 4, of ``total`` in all, that leave the least distortion.
+    """Return bits per axis ``[H, d]``, 0 to 4, of ``total`` per head that leave least distortion.
 
     They can be laid into groups of four bits: there are no more axes of three bits than of one.
     """
-    bits = np.zeros(len(variances), np.int64)
-    gains = -np.diff(np.append(DISTORTION, DISTORTION[-1]))
-    for _ in range(total):
-        bits[np.argmax(np.where(bits < MOST_BITS, variances * gains[bits], -1.0))] += 1
-    while (threes := np.flatnonzero(bits == 3)).size > (bits == 1).sum():  # noqa: PLR2004
-        # Their number is even here, because the total is a multiple of four.
-        order = threes[np.argsort(-variances[threes], kind="stable")]
-        bits[order[0]], bits[order[-1]] = 4, 2
+    # What each further bit of an axis takes away; less than the bit before, so that the best
+    # ones of an axis are its first.
+    gains = variances[..., None] * -np.diff(DISTORTION)
+    flat = gains.reshape(len(gains), -1)
+    best = np.argsort(-flat, axis=-1, kind="stable")[:, :total]
+    taken = np.zeros(flat.shape, np.int64)
+    np.put_along_axis(taken, best, 1, axis=-1)
+    bits: NDArray[np.int64] = taken.reshape(gains.shape).sum(-1)
+    for row, variance in zip(bits, variances, strict=True):
+        while (threes := np.flatnonzero(row == 3)).size > (row == 1).sum():  # noqa: PLR2004
+            # Their number is even here, because the total is a multiple of four.
+            order = threes[np.argsort(-variance[threes], kind="stable")]
+            row[order[0]], row[order[-1]] = 4, 2
     return bits
 
 
-def _lay_out(bits: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return for each axis the group of four bits it lies in, and its first bit there."""
-    group, shift = np.zeros_like(bits), np.zeros_like(bits)
-    free: list[list[int]] = []  # [group, bits used]
-    groups = 0
-    for axis in np.argsort(-bits, kind="stable"):
-        width = int(bits[axis])
-        if not width:
-            continue
-        fitting = [place for place in free if place[1] + width <= MOST_BITS]
-        if fitting:
-            place = max(fitting, key=lambda place: place[1])
-        else:
-            place = [groups, 0]
-            free.append(place)
-            groups += 1
-        group[axis], shift[axis] = place
-        place[1] += width
-    return group, shift
+def lay_out(bits: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return each axis' first bit, ``[H, d]``, in a line in which none lies in two groups of four.
+
+    Axes of four bits come first, then those of three, each with one of one bit, then those of two,
+    and at last what is left of one.
+    """
+    threes, ones = bits == 3, bits == 1  # noqa: PLR2004
+    third, first = np.cumsum(threes, axis=-1), np.cumsum(ones, axis=-1)
+    partner = ones & (first <= threes.sum(-1, keepdims=True))
+    beyond = 2 * bits.shape[-1] + 2
+    rank = np.select(
+        [bits == MOST_BITS, threes, partner, bits == 2],  # noqa: PLR2004
+        [0, 2 * third, 2 * first + 1, beyond],
+        beyond + 1,
+    )
+    order = np.argsort(rank, axis=-1, kind="stable")
+    ordered = np.take_along_axis(bits, order, -1)
+    places = np.empty_like(bits)
+    np.put_along_axis(places, order, np.cumsum(ordered, axis=-1) - ordered, axis=-1)
+    return places
 
 
 class Transform(UcmSparseBase):
     """Codes in the principal axes of a request's keys.
 
-    A basis is ``mean`` ``[H, d]``, ``axes`` ``[H, d, d]`` in columns, and ``deviations``, ``bits``,
-    ``group`` and ``shift`` ``[H, d]``; and, made from these, ``levels`` ``[H, d, 16]``, what an
-    axis adds by the code of its group, and ``member`` ``[H, groups, d]``, 1 for a group's axes.
+    A basis is ``mean`` ``[H, d]``; of the ``u`` axes that have bits, ``rows`` ``[H, u, d]`` and
+    ``levels`` ``[H, u, 16]``, what an axis adds by the code of its group, both in float16, and
+    ``groups`` ``[H, u]``; and, for codes only, ``thresholds`` ``[H, u, 15]`` and ``bits`` and
+    ``places`` ``[H, u]``.
     """
 
     name: ClassVar[str] = "transform"
@@ -90,84 +105,87 @@ class Transform(UcmSparseBase):
         if self._total_bits % 8:
             msg = f"method 'transform' needs heads of a multiple of 8, not {geometry.head_size}"
             raise ConfigError(msg)
+        self._planes = self._total_bits // 8
 
     @property
     def fields(self) -> tuple[SummaryField, ...]:
         """Codes by plane of eight bits, tokens innermost."""
-        return (
-            SummaryField("codes", (self._total_bits // 8, self.geometry.block_tokens), "uint8"),
-        )
+        return (SummaryField("codes", (self._planes, self.geometry.block_tokens), "uint8"),)
 
     def fit(self, layer: int, keys: Array) -> Arrays:
         """Return the basis; needs as many tokens as a head has values to be worth something."""
         del layer
         xp = array_namespace(keys)
         blocks, heads, tokens, size = keys.shape
-        flat = xp.reshape(
-            xp.permute_dims(xp.astype(keys, xp.float32), (1, 0, 2, 3)),
-            (heads, blocks * tokens, size),
-        )
+        by_head = xp.permute_dims(xp.astype(keys, xp.float32), (1, 0, 2, 3))
+        flat = xp.reshape(by_head, (heads, blocks * tokens, size))
         mean = xp.mean(flat, axis=1)
         centred = flat - mean[:, None, :]
         covariance = xp.matmul(xp.matrix_transpose(centred), centred) / (blocks * tokens)
         values, vectors = xp.linalg.eigh(covariance)
-        variances = np.maximum(_to_numpy(values), _LEAST_VARIANCE)
-        bits = np.stack([allocate_bits(row, self._total_bits) for row in variances])
-        places = [_lay_out(row) for row in bits]
-        group, shift = (np.stack(rows) for rows in zip(*places, strict=True))
-        deviations = np.sqrt(variances).astype(np.float32)
-        code = np.arange(CODES)
-        own = (code >> shift[..., None]) % (1 << bits)[..., None]
-        levels = LEVELS[bits[..., None], own] * deviations[..., None]
-        groups = np.arange(self._total_bits // 4)[:, None]
-        member = ((group[:, None] == groups) & (bits > 0)[:, None]).astype(np.float32)
+        variances = np.maximum(_to_numpy(values)[:, ::-1], _LEAST_VARIANCE)
+        bits = allocate_bits(variances, self._total_bits)
+        places = lay_out(bits)
+        used = int((bits > 0).sum(-1).max())
+        bits, places = bits[:, :used], np.where(bits > 0, places, 0)[:, :used]
+        deviations = np.sqrt(variances[:, :used, None])
+        own = (np.arange(CODES) >> (places % MOST_BITS)[..., None]) % (1 << bits)[..., None]
         return (
             mean,
-            xp.astype(vectors, xp.float16),
-            constant(deviations, keys),
-            constant(bits, keys),
-            constant(group, keys),
-            constant(shift, keys),
-            constant(levels, keys),
-            constant(member, keys),
+            xp.astype(xp.flip(xp.matrix_transpose(vectors), axis=1)[:, :used], xp.float16),
+            constant((LEVELS[bits[..., None], own] * deviations).astype(np.float16), keys),
+            constant((places // MOST_BITS).astype(np.uint8), keys),
+            constant((THRESHOLDS[bits] * deviations).astype(np.float32), keys),
+            constant(bits.astype(np.uint8), keys),
+            constant(places.astype(np.uint16), keys),
         )
 
+    def fit_blocks(self, blocks: range) -> range:
+        """Return blocks at equal distances, enough to know the axes."""
+        tokens = len(blocks) * self.geometry.block_tokens
+        return blocks[:: max(1, tokens // (_SAMPLE * self.geometry.head_size))]
+
     def basis_bytes(self, basis: Arrays) -> int:
-        """Axes without bits are not read; four bytes a channel for the mean, six an axis."""
-        used = float(np.mean(np.sum(_to_numpy(basis[3]) > 0, axis=1)))
-        size = self.geometry.head_size
-        return int(2 * size * used + 4 * size + 6 * used)
+        """Return the bytes of the mean, the axes, their levels and their groups."""
+        size, used = self.geometry.head_size, basis[1].shape[1]
+        return int(4 * size + used * (2 * size + 2 * CODES + 1))
 
     def summarise(self, keys: Array, basis: Arrays) -> Arrays:
         """Return the codes."""
-        mean, axes, deviations, bits, group, shift = basis[:6]
-        xp = array_namespace(keys)
-        centred = xp.astype(keys, xp.float32) - mean[:, None, :]
-        ratios = centred @ xp.astype(axes, xp.float32)
-        thresholds = xp.take(constant(THRESHOLDS, keys), xp.reshape(bits, (-1,)), axis=0)
-        thresholds = xp.reshape(thresholds, (*bits.shape, CODES - 1)) * deviations[..., None]
-        code = xp.zeros(ratios.shape, dtype=xp.float32, device=ratios.device)
-        for step in range(CODES - 1):
-            code = code + xp.astype(ratios > thresholds[:, None, :, step], xp.float32)
-        shifted = code * xp.astype(2**shift, xp.float32)[:, None, :]
-        # Which byte an axis belongs to, and whether it lies in the upper half.
-        planes = self._total_bits // 8
-        plane = constant(np.arange(planes), keys)
-        within = xp.astype(plane == (group // 2)[..., None], xp.float32)
-        half = xp.where(group % 2 == 1, 16.0, 1.0)
-        octets = shifted @ (within * xp.astype(half, xp.float32)[..., None])
-        return (xp.permute_dims(xp.astype(octets, xp.uint8), (0, 1, 3, 2)),)
+        mean, rows, _, _, thresholds, bits, places = basis
+        codes = axes_codes(
+            keys,
+            mean,
+            rows,
+            thresholds=thresholds,
+            bits=bits,
+            places=places,
+            planes=self._planes,
+        )
+        return (codes,)
 
     def score(self, queries: Array, summaries: Arrays, basis: Arrays) -> Array:
         """Return the estimate of a block's log mass."""
-        mean, axes, *_, levels, member = basis
         xp = array_namespace(queries)
         scaled = xp.astype(queries, xp.float32) * self.geometry.score_scale
-        turned = scaled @ xp.astype(axes, xp.float32)
-        # Of each group of bits the axes that lie in it, and what each adds by the group's code.
-        tables = (member[:, None, :, :] * turned[..., None, :]) @ levels[:, None, :, :]
-        centre = xp.sum(scaled * mean[:, None, :], axis=-1)
-        return table_scores(tables, summaries[0]) + centre[..., None]
+        tables, offsets = axes_tables(scaled, *basis[:4], planes=self._planes)
+        return table_scores(tables, summaries[0], offsets=offsets)
+
+    def choose(
+        self, queries: Array, summaries: Arrays, basis: Arrays, known: Array | None, count: int
+    ) -> Array:
+        """See the base class."""
+        vote, share = self.options.vote, self.options.share
+        fused = choose_by_axes(
+            queries * self.geometry.score_scale,
+            basis[:4],
+            summaries[0],
+            known if vote == "probability" else None,
+            count,
+            shares=vote != "score",
+            together=share == "layer",
+        )
+        return super().choose(queries, summaries, basis, known, count) if fused is None else fused
 
 
 def _to_numpy(array: Array) -> NDArray[np.float64]:

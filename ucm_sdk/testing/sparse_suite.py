@@ -71,9 +71,12 @@ class SparseSuite:
     def summarise(
         self, manager: SparseKVManager, keys: NDArray[np.float32], *, layer: int, tokens: int
     ) -> None:
-        blocks = manager.pending("chatcmpl-1", layer, tokens)
-        if blocks:
-            manager.add_keys("chatcmpl-1", layer, self.arrays(keys[blocks.start : blocks.stop]))
+        manager.summarise(
+            "chatcmpl-1",
+            layer,
+            tokens=tokens,
+            keys=lambda blocks: self.arrays(keys[blocks.start : blocks.stop : blocks.step]),
+        )
 
     def layer(self, manager: SparseKVManager) -> int:
         """Return a layer that chooses."""
@@ -192,7 +195,7 @@ class SparseSuite:
         keys, query = keys_of(_BLOCKS), query_of()
         plant(keys, 20, query)
         manager, layer = self.manager(ratio=0.06), 2
-        manager.add_keys("chatcmpl-1", layer, self.arrays(keys.astype(np.float16)))
+        self.summarise(manager, keys.astype(np.float16), layer=layer, tokens=_PROMPT)
         choice = manager.choose("chatcmpl-1", layer, self.arrays(query), tokens=_PROMPT)
         assert choice is not None
         assert 20 in choice.middle

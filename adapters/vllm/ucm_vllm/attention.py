@@ -7,7 +7,7 @@ connector's configuration does not ask for sparse attention.
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from typing import Any, ClassVar
 
 import torch
@@ -82,13 +82,12 @@ class SparseMetadataBuilder(CPUAttentionMetadataBuilder):
         schedules, key = metadata.ucm_schedules, lengths.numpy().tobytes()
         if key not in schedules:
             schedules[key] = self._schedule(metadata, lengths)
-        return dataclasses.replace(
-            metadata,
-            block_table=tables,
-            seq_lens=lengths,
-            max_seq_len=int(lengths.max()),
-            scheduler_metadata=schedules[key],
-        )
+        changed = copy.copy(metadata)
+        changed.block_table = tables
+        changed.seq_lens = lengths
+        changed.max_seq_len = int(lengths.max())
+        changed.scheduler_metadata = schedules[key]
+        return changed
 
     def _schedule(self, metadata: CPUAttentionMetadata, lengths: torch.Tensor) -> torch.Tensor:
         return ops.cpu_attn_get_scheduler_metadata(

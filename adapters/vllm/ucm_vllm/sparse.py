@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 
-from ucm_sdk.connector import SparseConfig, SparsePlan, SparseWorkerSide
+from ucm_sdk.connector import DecodeRow, SparseConfig, SparsePlan, SparseWorkerSide
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.sparse import (
     AttentionGeometry,
@@ -19,7 +21,7 @@ from ucm_sdk.sparse import (
     UcmSparseBase,
     make_method,
 )
-from ucm_sdk.sparse.base import logsumexp
+from ucm_sdk.sparse.kernels import known_mass
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -80,11 +82,13 @@ class VllmSparse:
         self._budget = manager.budget
         self._layers = layers
         self._active = False
+        self._step: _Step | None = None
 
     def begin_step(self, plan: SparsePlan) -> None:
         """Take the scheduler's decisions."""
         self._side.begin_step(plan)
         self._active = bool(plan.tails)
+        self._step = None
         self._method.execute_begin([id for _, id in plan.tails])
 
     def end_step(self, plan: SparsePlan) -> None:
@@ -101,52 +105,30 @@ class VllmSparse:
         """Return the metadata that this layer attends by; the step's own is left as it is."""
         if not self._active:
             return metadata
-        layer, size = self._layers[layer_name], self._method.geometry.block_tokens
-        self._check(layer_name, kv_cache, metadata)
-        starts = metadata.query_start_loc.numpy()
-        tables = metadata.block_table.numpy()
-        changed: dict[int, NDArray[np.int32]] = {}
+        if self._step is None or self._step.metadata is not metadata:
+            self._check(layer_name, kv_cache, metadata)
+            self._step = _Step.of(metadata, self._side, self._budget, self._method.geometry)
+        layer, step, keys = self._layers[layer_name], self._step, _Keys(kv_cache, self._method)
         self._method.attention_begin(layer)
-        for row, tokens in enumerate(metadata.seq_lens.tolist()):
-            fresh = int(starts[row + 1] - starts[row])
-            tail = int(tables[row, (tokens - 1) // size])
-            if not fresh or (id := self._side.request_of(tail)) is None:
-                continue
-            pages = _Pages(kv_cache, tables[row], tokens, self._method.geometry)
+        for row, computed in step.rows:
             self._side.summarise(
-                layer, id, computed_tokens=tokens - fresh, tokens=tokens, keys=pages.keys
+                layer,
+                row.request,
+                computed_tokens=computed,
+                tokens=row.tokens,
+                keys=functools.partial(keys.of, row.blocks),
             )
-            if fresh == 1:
-                attended = self._attended(layer, id, query[starts[row]], pages)
-                if attended is not None:
-                    changed[row] = attended
+        tables: list[NDArray[np.int32] | None] = []
+        if step.decoding:
+            queries = step.queries(query, self._method.geometry)
+            votes = self._method.options.vote == "probability"
+            known = keys.known(queries, step) if votes else None
+            tables = self._side.tables(layer, step.decoding, queries, known)
         self._method.attention_finished(layer)
-        return self._changed(metadata, changed, size) if changed else metadata
-
-    def _attended(
-        self, layer: int, id: str, query: torch.Tensor, pages: _Pages
-    ) -> NDArray[np.int32] | None:
-        geometry = self._method.geometry
-        shape = (geometry.kv_heads, geometry.group, geometry.head_size)
-        # A copy: methods may look at the queries of earlier steps, and this memory is vLLM's.
-        queries = np.array(query.reshape(shape).float().numpy())
-        known = None
-        if self._method.options.vote == "probability":
-            known = pages.known(queries, self._budget)
-        return self._side.table(
-            layer, id, queries, tokens=pages.tokens, blocks=pages.table, known=known
-        )
-
-    def _changed(
-        self, metadata: CPUAttentionMetadata, changed: dict[int, NDArray[np.int32]], size: int
-    ) -> CPUAttentionMetadata:
-        tables, lengths = metadata.block_table.clone(), metadata.seq_lens.clone()
-        for row, blocks in changed.items():
-            tables[row, : len(blocks)] = torch.from_numpy(blocks)
-            # The last block keeps its place at the end, and with it what it lacks to be full.
-            lengths[row] -= (-(-int(lengths[row]) // size) - len(blocks)) * size
+        if all(table is None for table in tables):
+            return metadata
         builder: Any = metadata.ucm_builder
-        return builder.with_tables(metadata, tables, lengths)
+        return builder.with_tables(metadata, *step.changed(tables))
 
     def _check(
         self, layer_name: str, kv_cache: torch.Tensor, metadata: CPUAttentionMetadata
@@ -162,40 +144,105 @@ class VllmSparse:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pages:
-    """One request's keys in one layer of vLLM's cache ``[pages, H, B, 2 d]``, K transposed."""
+class _Step:
+    """What all layers of one step have in common: the rows of requests of the connector's."""
 
-    kv_cache: torch.Tensor
-    table: NDArray[np.int32]
-    """The request's row of the block table."""
-    tokens: int
-    geometry: AttentionGeometry
+    metadata: CPUAttentionMetadata
+    block_tokens: int
+    rows: list[tuple[DecodeRow, int]]
+    """Every row, and how many of its tokens had been computed before."""
+    decoding: list[DecodeRow]
+    """Those that decode one token and need not attend to everything."""
+    numbers: NDArray[np.int64]
+    """Their places in the block table."""
+    last_tokens: torch.Tensor
+    """Their places among the step's tokens."""
+    kept: NDArray[np.int32]
+    """Their sink and recent pages, one row's after another's."""
+    ends: NDArray[np.uint32]
+    """Where each row's end."""
+    in_last: NDArray[np.uint32]
+    """How many tokens lie in each row's last page."""
 
-    def keys(self, blocks: range) -> NDArray[Any]:
-        """Return keys ``[n, H, B, d]`` of some of the request's blocks."""
-        return self._read(self.table[blocks.start : blocks.stop]).swapaxes(2, 3)
+    @classmethod
+    def of(
+        cls,
+        metadata: CPUAttentionMetadata,
+        side: SparseWorkerSide,
+        budget: SparseBudget,
+        geometry: AttentionGeometry,
+    ) -> _Step:
+        """Look the step's rows up."""
+        size = geometry.block_tokens
+        starts = metadata.query_start_loc.numpy()
+        tables = metadata.block_table.numpy()
+        rows, decoding, numbers, kept, ends, in_last = [], [], [], [], [], []
+        for number, tokens in enumerate(metadata.seq_lens.tolist()):
+            fresh = int(starts[number + 1] - starts[number])
+            tail = int(tables[number, (tokens - 1) // size])
+            if not fresh or (id := side.request_of(tail)) is None:
+                continue
+            cut = budget.cut(tokens, size)
+            row = DecodeRow(id, tokens, tables[number, : cut.blocks])
+            rows.append((row, tokens - fresh))
+            if fresh == 1 and not cut.dense:
+                decoding.append(row)
+                numbers.append(number)
+                kept += [*row.blocks[: cut.first], *row.blocks[cut.last :]]
+                ends.append(len(kept))
+                in_last.append(tokens - (cut.blocks - 1) * size)
+        return cls(
+            metadata,
+            size,
+            rows,
+            decoding,
+            np.array(numbers, np.int64),
+            torch.from_numpy(starts[np.array(numbers, np.int64)].astype(np.int64)),
+            np.array(kept, np.int32),
+            np.array(ends, np.uint32),
+            np.array(in_last, np.uint32),
+        )
 
-    def known(
-        self, queries: NDArray[np.float32], budget: SparseBudget
-    ) -> NDArray[np.float32] | None:
-        """Return the log-sum-exp of the last token's scores over the kept tokens, ``[H, g]``."""
-        geometry = self.geometry
-        cut = budget.cut(self.tokens, geometry.block_tokens)
-        if cut.dense:
-            return None
-        kept = np.concatenate([self.table[: cut.first], self.table[cut.last : cut.blocks]])
-        by_block = queries @ self._read(kept) * np.float32(geometry.score_scale)  # [n, H, g, B]
-        shape = (geometry.kv_heads, geometry.group, -1)
-        scores = by_block.transpose(1, 2, 0, 3).reshape(shape)
-        beyond = cut.blocks * geometry.block_tokens - self.tokens
-        summed: NDArray[np.float32] = logsumexp(scores[..., : scores.shape[-1] - beyond])
-        return summed
+    def queries(self, query: torch.Tensor, geometry: AttentionGeometry) -> NDArray[np.float32]:
+        """Return a copy of the decoding rows' queries, ``[R, H, g, d]``: the memory is vLLM's."""
+        shape = (-1, geometry.kv_heads, geometry.group, geometry.head_size)
+        found: NDArray[np.float32] = query[self.last_tokens].float().view(shape).numpy()
+        return found
 
-    def _read(self, pages: NDArray[np.int32]) -> NDArray[Any]:
-        """Return keys as they lie, ``[n, H, d, B]``."""
-        geometry = self.geometry
+    def changed(
+        self, attended: Sequence[NDArray[np.int32] | None]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the block table and the lengths of rows that attend to fewer blocks."""
+        tables, lengths = self.metadata.block_table.clone(), self.metadata.seq_lens.clone()
+        table, length = tables.numpy(), lengths.numpy()
+        for number, row, blocks in zip(self.numbers, self.decoding, attended, strict=True):
+            if blocks is not None:
+                table[number, : len(blocks)] = blocks
+                # The last block keeps its place at the end, and with it what it lacks to be full.
+                length[number] -= (len(row.blocks) - len(blocks)) * self.block_tokens
+        return tables, lengths
+
+
+class _Keys:
+    """The keys of one layer in vLLM's cache ``[pages, H, B, 2 d]``, K transposed."""
+
+    def __init__(self, kv_cache: torch.Tensor, method: UcmSparseBase) -> None:
+        """Look at ``kv_cache``; nothing is copied."""
+        geometry = method.geometry
         halves = (2, geometry.head_size, geometry.block_tokens)
-        whole = self.kv_cache.view(len(self.kv_cache), geometry.kv_heads, *halves)
-        keys = whole[torch.from_numpy(pages.astype(np.int64)), :, 0]
-        # NumPy has no bfloat16.
-        return (keys.float() if keys.dtype == torch.bfloat16 else keys).numpy()
+        whole = kv_cache.view(len(kv_cache), geometry.kv_heads, *halves)
+        self._pages = whole[:, :, 0]  # [pages, H, d, B]
+        self._scale = np.float32(geometry.score_scale)
+
+    def of(self, table: NDArray[np.int32], blocks: range) -> NDArray[Any]:
+        """Return a copy ``[n, H, B, d]`` of some blocks of a table; float32 of bfloat16."""
+        pages = table[blocks.start : blocks.stop : blocks.step].astype(np.int64)
+        keys = self._pages[torch.from_numpy(pages)]
+        return (keys.float() if keys.dtype == torch.bfloat16 else keys).numpy().swapaxes(2, 3)
+
+    def known(self, queries: NDArray[np.float32], step: _Step) -> NDArray[np.float32]:
+        """Return the log-sum-exp of the scores over sink and recent tokens, ``[R, H, g]``."""
+        keys = self._pages
+        memory = keys.view(torch.uint16) if keys.dtype == torch.bfloat16 else keys
+        pages = memory.numpy().swapaxes(2, 3)
+        return known_mass(queries * self._scale, pages, step.kept, step.ends, step.in_last)

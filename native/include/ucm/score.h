@@ -13,7 +13,7 @@
  * n blocks of B tokens, H KV heads, g query heads per KV head, Q queries, d values per head.
  * Queries are scaled already.  Results are [Q][H][g][n].  Functions keep no state, allocate nothing
  * and may run at once on any number of threads; to share one call's work, give each thread some
- * of the blocks.
+ * of the blocks: results are the same where all begin at multiples of UCM_SCORE_TOGETHER.
  *
  * Sums are taken in another order by each instruction set, so results differ in the last bits.
  */
@@ -26,6 +26,7 @@ typedef struct {
     uint32_t count;
 } ucm_score_shape;
 
+enum { UCM_SCORE_TOGETHER = 16 };
 enum { UCM_SCORE_MOST_TOKENS = 1024 }; /* of a block, for ucm_score_tables and ucm_score_units */
 
 /* The product with one vector per block: `centres` [n][H][d]. */
@@ -51,10 +52,79 @@ int ucm_score_hash(const ucm_score_shape *shape, uint32_t tokens, uint32_t bytes
 /* The log-sum-exp over a block's tokens of sums of table entries: `tables`
  * [Q][H][g][2 * planes][16], `codes` [n][H][planes][tokens]; a byte holds the codes of two tables,
  * the first one's in its low half.  `scales` [n][H][tokens], binary16, or NULL, multiply a token's
- * sum.  UCM_INVALID for more tokens than UCM_SCORE_MOST_TOKENS. */
+ * sum; `offsets` [Q][H][g], or NULL, are added to a head's scores.
+ * UCM_INVALID for more tokens than UCM_SCORE_MOST_TOKENS. */
 int ucm_score_tables(const ucm_score_shape *shape, uint32_t planes, uint32_t tokens,
                      const float *tables, const uint8_t *codes, const uint16_t *scales,
-                     float *scores);
+                     const float *offsets, float *scores);
+
+/* Axes of which each gives a value of a key a code of up to four bits; eight bits are a plane, and
+ * a plane is two groups of four.  `axes` of them, rows of `size` values, binary16. */
+typedef struct {
+    uint32_t size, axes;
+    const float *mean;       /* [H][size] */
+    const uint16_t *rows;    /* [H][axes][size], binary16 */
+    const uint16_t *levels;  /* [H][axes][16], binary16: what an axis adds by its group's code */
+    const uint8_t *groups;   /* [H][axes] */
+} ucm_axes;
+
+/* The tables that ucm_score_tables looks up, `tables` [Q][H][g][2 * planes][16], and the products
+ * with the mean, `offsets` [Q][H][g].  UCM_INVALID for a group beyond the planes. */
+int ucm_axes_tables(const ucm_score_shape *shape, const ucm_axes *axes, uint32_t planes,
+                    const float *queries, float *tables, float *offsets);
+
+/* Keys as they lie: a value's address is `base` and the strides, in bytes, times what it is of. */
+typedef struct {
+    const void *base;
+    int64_t block_stride, head_stride, token_stride, value_stride;
+    uint32_t tokens, size; /* of a block, of a key */
+    int dtype;
+} ucm_keys;
+
+enum { UCM_SCORE_MOST_SIZE = 512 }; /* of a key, for ucm_axes_codes and ucm_score_mass */
+
+/* What makes codes: the product of a key less the mean with an axis is compared with thresholds. */
+typedef struct {
+    uint32_t axes;           /* a multiple of 8 */
+    const float *mean;       /* [H][size] */
+    const float *columns;    /* [H][size][axes] */
+    const float *thresholds; /* [H][axes][15], ascending */
+    const uint8_t *steps;    /* [H][axes], how many of the thresholds count */
+    const uint16_t *places;  /* [H][axes], the first of a code's bits among 8 * planes */
+} ucm_coder;
+
+/* The codes of the keys of `blocks` blocks, [n][H][planes][tokens].
+ * UCM_INVALID for keys beyond UCM_SCORE_MOST_SIZE or a place beyond the planes. */
+int ucm_axes_codes(const ucm_keys *keys, uint32_t blocks, uint32_t heads, const ucm_coder *coder,
+                   uint32_t planes, uint8_t *codes);
+
+/* For each of some requests the log-sum-exp of the products of `queries` [R][H][g][size] with all
+ * keys of some blocks: `mass` [R][H][g], -inf for no key.  `blocks` numbers those of the requests
+ * one after another, of which request r has those before `ends[r]`, and of its last one only the
+ * first `last[r]` keys. */
+int ucm_score_mass(const ucm_keys *keys, uint32_t requests, const int32_t *blocks,
+                   const uint32_t *ends, const uint32_t *last, uint32_t heads, uint32_t group,
+                   const float *queries, float *mass);
+
+enum ucm_vote { UCM_VOTE_SCORE, UCM_VOTE_SHARE };
+
+/* Adds up the scores of a KV head's query heads, `votes` [Q][H][n], or of all heads where
+ * `together`, [Q][n]: as they are, or as each query head's share e^score of all its blocks' and
+ * of e^`known`, [Q][H][g], or NULL for nothing known.  Takes no account of `first` and `count`. */
+int ucm_vote(const ucm_score_shape *shape, int rule, int together, const float *scores,
+             const float *known, float *votes);
+
+/* The places of the `wanted` largest of `count` values, ascending; of equal ones the earlier.
+ * UCM_INVALID where there are not so many. */
+int ucm_select(const float *values, uint32_t count, uint32_t wanted, int64_t *places);
+
+/* What ucm_axes_tables, ucm_score_tables, ucm_vote and ucm_select find one after another, for one
+ * query: `chosen` [H][wanted], or [wanted] where `together`.  `scratch` has room for 32 floats per
+ * plane, one, and one per block for each query head, and one per block for each choice. */
+int ucm_choose_by_axes(const ucm_score_shape *shape, const ucm_axes *axes, uint32_t planes,
+                       uint32_t tokens, const float *queries, const uint8_t *codes, int rule,
+                       int together, const float *known, uint32_t wanted, float *scratch,
+                       int64_t *chosen);
 
 /* The instruction set in use: "avx512", "avx2", "neon" or "portable". */
 const char *ucm_score_name(void);
