@@ -49,6 +49,13 @@ static inline float sum_of(__m256 values)
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 
+/* The sums of four at once: lanes are added in pairs. */
+static inline __m128 sums_of(__m256 a, __m256 b, __m256 c, __m256 d)
+{
+    __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+}
+
 static inline float top_of(__m256 values)
 {
     __m128 half = _mm_max_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));

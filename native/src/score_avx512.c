@@ -44,6 +44,17 @@ static inline float sum_of(__m512 values)
     return _mm512_reduce_add_ps(values);
 }
 
+/* The sums of four at once: lanes are halved together. */
+static inline __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d)
+{
+    __m256 e = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    __m256 f = _mm256_add_ps(_mm512_castps512_ps256(b), _mm512_extractf32x8_ps(b, 1));
+    __m256 g = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
+    __m256 h = _mm256_add_ps(_mm512_castps512_ps256(d), _mm512_extractf32x8_ps(d, 1));
+    __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(e, f), _mm256_hadd_ps(g, h));
+    return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+}
+
 static inline float top_of(__m512 values)
 {
     return _mm512_reduce_max_ps(values);

@@ -51,6 +51,11 @@ static inline float sum_of(lanes values)
     return (values[0] + values[1]) + (values[2] + values[3]);
 }
 
+static inline lanes sums_of(lanes a, lanes b, lanes c, lanes d)
+{
+    return (lanes){sum_of(a), sum_of(b), sum_of(c), sum_of(d)};
+}
+
 static inline float top_of(lanes values)
 {
     float a = values[0] > values[1] ? values[0] : values[1];

@@ -3,16 +3,25 @@
  * The kernels, for vectors of LANES floats; included once by the file of each instruction set,
  * which defines LANES, NAME, INSTRUCTION_SET and, for its vectors: load_float16(), load_bfloat16(),
  * widen() of LANES bytes, lookup16() in a table of 16, most_of() two, sum_of() and top_of() all
- * lanes, and for
- * vectors of 64-bit words bits_of(), the number of bits set in each.
+ * lanes, sums_of() the lanes of each of four, and for vectors of 64-bit words bits_of(), the number
+ * of bits set in each.
  */
 #include <math.h>
 #include <string.h>
 
 typedef float vector __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t whole __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef float four __attribute__((vector_size(16), may_alias));
 typedef uint64_t words __attribute__((vector_size(LANES * 4), aligned(1), may_alias));
 
+/* Asks for `bytes` bytes that lie `ahead` bytes further on, whether there are any or not. */
+static inline void prefetch(const void *at, size_t bytes, size_t ahead)
+{
+    for (size_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch((const void *)((uintptr_t)at + ahead + i));
+}
+
+enum { AHEAD = 1024 }; /* bytes: far enough that what is read in order is there in time */
 enum { MOST_GROUP = 4 }; /* query heads that share one pass over a summary; no more than LANES */
 enum { TILE_ROWS = 256, TILE_BLOCKS = UCM_SCORE_TOGETHER }; /* a multiple of LANES */
 
@@ -123,6 +132,20 @@ static inline float load_one(const uint8_t *at, int dtype)
     return value;
 }
 
+/* The sum of each head's lanes. */
+static inline __attribute__((always_inline)) void add_lanes(const vector *sums, uint32_t heads,
+                                                            float *results)
+{
+    if (heads == MOST_GROUP) {
+        float all[MOST_GROUP] __attribute__((aligned(16)));
+        *(four *)all = (four)sums_of(sums[0], sums[1], sums[2], sums[3]);
+        memcpy(results, all, sizeof all);
+        return;
+    }
+    for (uint32_t head = 0; head < heads; head++)
+        results[head] = sum_of(sums[head]);
+}
+
 /* The products of one vector of keys with some query heads. */
 static inline __attribute__((always_inline)) void products(
     const uint8_t *key, uint32_t size, int dtype, size_t item, const float *queries,
@@ -135,8 +158,7 @@ static inline __attribute__((always_inline)) void products(
         for (uint32_t head = 0; head < heads; head++)
             sums[head] += values * *(const vector *)(queries + head * size + i);
     }
-    for (uint32_t head = 0; head < heads; head++)
-        results[head] = sum_of(sums[head]);
+    add_lanes(sums, heads, results);
     for (; i < size; i++)
         for (uint32_t head = 0; head < heads; head++)
             results[head] += load_one(key + i * item, dtype) * queries[head * size + i];
@@ -155,8 +177,7 @@ static inline __attribute__((always_inline)) void bounds(
             sums[head] += most_of(query * below, query * above);
         }
     }
-    for (uint32_t head = 0; head < heads; head++)
-        results[head] = sum_of(sums[head]);
+    add_lanes(sums, heads, results);
     for (; i < size; i++)
         for (uint32_t head = 0; head < heads; head++) {
             float query = queries[head * size + i];
@@ -211,8 +232,10 @@ static inline __attribute__((always_inline)) void linear_of(
     const ucm_score_shape *shape, uint32_t size, int dtype, size_t item, const float *queries,
     const uint8_t *centres, float *scores)
 {
-    FOR_EACH_GROUP(products(centres + of * size * item, size, dtype, item, queries + row * size,
-                            HEADS, results);)
+    const size_t bytes = size * item;
+    FOR_EACH_GROUP(
+        const uint8_t *mine = centres + of * bytes; prefetch(mine, bytes, AHEAD);
+        products(mine, size, dtype, item, queries + row * size, HEADS, results);)
 }
 
 static void linear(const ucm_score_shape *shape, uint32_t size, int dtype, const float *queries,
@@ -230,8 +253,11 @@ static inline __attribute__((always_inline)) void box_of(
     const ucm_score_shape *shape, uint32_t size, int dtype, size_t item, const float *queries,
     const uint8_t *low, const uint8_t *high, float *scores)
 {
-    FOR_EACH_GROUP(bounds(low + of * size * item, high + of * size * item, size, dtype, item,
-                          queries + row * size, HEADS, results);)
+    const size_t bytes = size * item;
+    FOR_EACH_GROUP(
+        const uint8_t *below = low + of * bytes; const uint8_t *above = high + of * bytes;
+        prefetch(below, bytes, AHEAD); prefetch(above, bytes, AHEAD);
+        bounds(below, above, size, dtype, item, queries + row * size, HEADS, results);)
 }
 
 static void box(const ucm_score_shape *shape, uint32_t size, int dtype, const float *queries,
@@ -326,7 +352,7 @@ static void hash(const ucm_score_shape *shape, uint32_t tokens, uint32_t bytes,
 {
     const uint32_t planes = bytes / 8;
     FOR_EACH_GROUP(
-        const uint8_t *mine = codes + of * tokens * bytes;
+        const uint8_t *mine = codes + of * tokens * bytes; prefetch(mine, tokens * bytes, AHEAD);
         for (uint32_t head = 0; head < HEADS; head++) {
             const uint8_t *wanted = query_codes + (row + head) * bytes;
             uint64_t least = 8 * bytes;
@@ -366,10 +392,8 @@ static void tables_scores(const ucm_score_shape *shape, uint32_t planes, uint32_
     const size_t table_floats = (size_t)planes * 32; /* of one query head */
     FOR_EACH_RUN(
         tokens, const uint8_t *mine = codes + of * planes * tokens;
-        /* Of the next run, since heads take turns and the hardware does not see where this goes. */
-        const uintptr_t next = (uintptr_t)mine + (size_t)run * shape->heads * planes * tokens;
-        for (size_t ahead = 0; ahead < planes * tokens; ahead += 64)
-            __builtin_prefetch((const void *)(next + ahead));
+        /* The hardware does not see where this goes, since heads take turns. */
+        prefetch(mine, planes * tokens, (size_t)run * shape->heads * planes * tokens);
         const uint16_t *scale = scales ? scales + of * tokens : NULL;
         uint32_t token = 0;
         for (; token + LANES <= tokens; token += LANES) {

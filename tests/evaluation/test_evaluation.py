@@ -141,7 +141,7 @@ def test_needles_are_hidden_where_they_can_be_found() -> None:
         return [words.setdefault(word, len(words)) for word in text.split()]
 
     text = " ".join(f"word{index}" for index in range(2000))
-    prompt, items = needles.build(encode, text, tokens=500, keys=3, seed=4)
+    prompt, items = needles.build(encode, text, tokens=500, keys=3, depth=0.5, seed=4)
     assert abs(len(prompt) - 500) <= 3
     names = {number: word for word, number in words.items()}
     plain = " ".join(names[token] for token in prompt)

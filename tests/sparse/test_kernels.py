@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,6 +80,129 @@ def test_large_and_small_scores_neither_overflow_nor_vanish(instruction_set: str
         tables[...] = value
         expected = 2 * value + np.log(B)
         assert np.allclose(scoring.table_scores(tables, codes), expected, rtol=1e-5)
+
+
+def test_a_block_far_below_its_neighbours_is_scored_as_well(instruction_set: str) -> None:
+    # A table entry of one plane decides; all tokens of a block have the same code.
+    tables = np.zeros((1, 1, 1, 2, 16), np.float32)
+    tables[0, 0, 0, 0] = -40.0 * np.arange(16)
+    codes = np.repeat(np.arange(16, dtype=np.uint8)[:, None, None, None], B, axis=3)
+    expected = -40.0 * np.arange(16) + np.log(B)
+    assert np.allclose(scoring.table_scores(tables, codes)[0, 0, 0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_threads_find_what_one_finds(
+    name: str, instruction_set: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, *summaries = CASES[name](np.float16)
+    many = [None if array is None else np.repeat(array, 20, axis=0) for array in summaries]
+    alone = getattr(scoring, name)(query, *many)
+    monkeypatch.setattr(scoring, "_PART_BYTES", 1)
+    monkeypatch.setattr(scoring, "_processors", lambda: 5)
+    assert np.array_equal(getattr(scoring, name)(query, *many), alone)
+
+
+def axes(size: int = D, used: int = 11, planes: int = 3) -> dict[str, np.ndarray]:
+    """Return a basis of ``used`` axes: the first two of four bits, the others of two or one."""
+    random = np.random.default_rng(5)
+    bits = np.array([4, 4, 2, 2, 2, 2, 1, 1, 1, 1, 0][:used], np.uint8)
+    places = (np.cumsum(bits) - bits).astype(np.uint16)
+    thresholds = np.full((H, used, 15), np.inf, np.float32)
+    for axis, width in enumerate(bits):
+        steps = 2**width - 1
+        thresholds[:, axis, :steps] = np.sort(random.standard_normal((H, steps)), axis=-1)
+    return {
+        "mean": floats(H, size, seed=6),
+        "rows": floats(H, used, size, seed=7).astype(np.float16),
+        "levels": floats(H, used, 16, seed=8).astype(np.float16),
+        "groups": np.broadcast_to((places // 4).astype(np.uint8), (H, used)).copy(),
+        "thresholds": thresholds,
+        "bits": np.broadcast_to(bits, (H, used)).copy(),
+        "places": np.broadcast_to(places, (H, used)).copy(),
+    }
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_codes_and_tables_are_what_the_array_api_gives(
+    dtype: type, instruction_set: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    basis = axes()
+    coder = {name: basis[name] for name in ("thresholds", "bits", "places")}
+    keys = floats(N, H, D, B, seed=9).astype(dtype).swapaxes(2, 3)
+    found = kernels.axes_codes(keys, basis["mean"], basis["rows"], **coder, planes=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "codes", lambda _: False)
+        expected = kernels.axes_codes(keys, basis["mean"], basis["rows"], **coder, planes=3)
+    assert (found == expected).mean() > 0.999  # a product may lie on the other side of a threshold
+    assert found.dtype == expected.dtype
+    query = floats(Q, H, G, D)
+    arguments = (query, *(basis[name] for name in ("mean", "rows", "levels", "groups")))
+    made = kernels.axes_tables(*arguments, planes=3)
+    for array, general_one in zip(made, tables_of(*arguments), strict=True):
+        assert np.allclose(array, general_one, rtol=1e-4, atol=1e-4)
+
+
+def tables_of(query: Any, mean: Any, rows: Any, levels: Any, groups: Any) -> tuple[Any, Any]:
+    """Return the tables by plain sums."""
+    along = np.einsum("qhgd,hud->qhgu", query, rows.astype(np.float64))
+    tables = np.zeros((Q, H, G, 6, 16))
+    for head in range(H):
+        for axis, number in enumerate(groups[head]):
+            level = levels[head, axis].astype(np.float64)
+            tables[:, head, :, number] += along[:, head, :, axis, None] * level
+    return tables, np.einsum("qhgd,hd->qhg", query, mean)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("rule", ["score", "softmax", "probability"])
+def test_one_call_chooses_what_four_calls_choose(
+    rule: str, together: bool, instruction_set: str
+) -> None:
+    basis = tuple(axes()[name] for name in ("mean", "rows", "levels", "groups"))
+    query, codes = floats(1, H, G, D), octets(60, H, 3, B, seed=1)
+    shares, known = rule != "score", floats(H, G) if rule == "probability" else None
+    tables, offsets = kernels.axes_tables(query, *basis, planes=3)
+    scores = scoring.table_scores(tables, codes, offsets=offsets)
+    votes = scoring.votes(
+        scores, None if known is None else known[None], shares=shares, together=together
+    )
+    found = kernels.choose_by_axes(query, basis, codes, known, 17, shares=shares, together=together)
+    assert np.array_equal(found, scoring.best(votes[0], 17))
+    assert found.shape == (1 if together else H, 17)
+
+
+def test_votes_are_shares_of_all_that_is_known(instruction_set: str) -> None:
+    scores, known = floats(Q, H, G, 50), floats(Q, H, G, seed=1)
+    whole = np.exp(scores).sum(-1) + np.exp(known)
+    expected = (np.exp(scores) / whole[..., None]).sum(2)
+    found = scoring.votes(scores, known, shares=True, together=False)
+    assert np.allclose(found, expected, rtol=1e-4)
+    found = scoring.votes(scores, known, shares=True, together=True)
+    assert np.allclose(found, expected.sum(1, keepdims=True), rtol=1e-4)
+    found = scoring.votes(scores, None, shares=False, together=False)
+    assert np.allclose(found, scores.sum(2), rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint16])
+def test_known_mass_is_that_of_the_pages_where_they_lie(dtype: type, instruction_set: str) -> None:
+    memory = floats(12, H, D, B, seed=3) / 4
+    if dtype is np.uint16:  # which holds bfloat16
+        stored = (memory.view(np.uint32) >> 16).astype(np.uint16)
+        memory = (stored.astype(np.uint32) << 16).view(np.float32)
+    else:
+        stored = memory.astype(dtype)
+        memory = stored.astype(np.float32)
+    query = floats(3, H, G, D)
+    pages = np.array([4, 0, 11, 4, 7], np.int32)
+    ends, last = np.array([2, 2, 5], np.uint32), np.array([5, B, B], np.uint32)
+    found = kernels.known_mass(query, stored.swapaxes(2, 3), pages, ends, last)
+    products = np.einsum("rhgd,phdb->rhgpb", query, memory[pages])
+    first = np.concatenate([products[0, :, :, 0], products[0, :, :, 1, :5]], axis=-1)
+    assert np.allclose(found[0], np.log(np.exp(first).sum(-1)), atol=1e-4)
+    assert (found[1] == -np.inf).all()
+    third = products[2, :, :, 2:].reshape(H, G, -1)
+    assert np.allclose(found[2], np.log(np.exp(third).sum(-1)), atol=1e-4)
 
 
 def test_more_tokens_than_a_kernel_takes_are_scored_all_the_same() -> None:

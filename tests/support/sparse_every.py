@@ -15,6 +15,7 @@ class Every(UcmSparseBase):
 
     name: ClassVar[str] = "every"
     fit_on: ClassVar[Literal["first", "prompt"]] = "prompt"
+    query_window: ClassVar[Literal["last", "stride"]] = "stride"
 
     def __init__(self, geometry: Any, options: Any = None) -> None:
         super().__init__(geometry, options)

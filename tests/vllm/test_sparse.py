@@ -35,6 +35,7 @@ def prompts(model_path: Path) -> list[list[int]]:
 def config(directory: Path, method: str = "quest", *, offload: bool = False, **more: Any) -> dict:
     budget = {"ratio": more.pop("ratio", 0.2), "min_tokens": more.pop("min_tokens", 0)}
     options = {"dense_layers": []} if offload else {}
+    options |= more.pop("options", {})
     return {
         "store": more.pop("store", {"kind": "file", "directory": str(directory)}),
         "sparse": {"method": method, "budget": budget, "options": options, "offload": offload},
@@ -62,12 +63,13 @@ def dense(job: Job, prompts: list[list[int]]) -> list[tuple[list, list]]:
     return outputs(job(None, batch(prompts)))
 
 
-# Every method, one in each layer; and the two that hold a choice for some steps.
-@pytest.mark.parametrize("method", ["every", "esa", "kvstar"])
+# Every method, one in each layer; with a choice at every step, and with one that holds for some.
+@pytest.mark.parametrize("stride", [1, 4])
 def test_the_full_budget_gives_dense_results(
-    method: str, job: Job, prompts: list[list[int]], dense: list[tuple[list, list]], tmp_path: Path
+    stride: int, job: Job, prompts: list[list[int]], dense: list[tuple[list, list]], tmp_path: Path
 ) -> None:
-    assert_same(outputs(job(config(tmp_path, method, ratio=1.0), batch(prompts))), dense)
+    every = config(tmp_path, "every", ratio=1.0, options={"stride": stride})
+    assert_same(outputs(job(every, batch(prompts))), dense)
 
 
 @pytest.fixture(scope="session")

@@ -139,10 +139,10 @@ def axes_codes(
     keys: NDArray[Any],
     mean: Floats,
     columns: Floats,
+    *,
     thresholds: Floats,
     bits: NDArray[np.uint8],
     places: NDArray[np.uint16],
-    *,
     planes: int,
 ) -> NDArray[np.uint8]:
     """Return codes ``[n, H, p, B]`` of keys ``[n, H, B, d]``, in whatever order these lie.

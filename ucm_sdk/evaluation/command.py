@@ -28,8 +28,8 @@ app = typer.Typer(no_args_is_help=True, help="Judge methods with a real model.")
 _DEFAULT: Final = (
     *CONTROLS, "window", "esa", "gsa", "kvstar", "kvcomp", "quest", "rotated", "transform",
 )  # fmt: skip
-_NEEDLE_KEYS: Final = (1, 1, 1, 5)
-"""Keys hidden in the prompts of one length and text."""
+_NEEDLES: Final = ((1, 0.15), (1, 0.5), (1, 0.85), (5, 0.5))
+"""Keys hidden in each prompt of one length and text, and at what depth."""
 
 Model = Annotated[Path, typer.Argument(help="A Llama-type model with its tokenizer.")]
 
@@ -172,18 +172,20 @@ def evaluate_needles(
     journal = _Journal(output.with_suffix(".jsonl"), setting)
     encode = _tokenizer(model)
     prompts = [
-        (document.text, tokens, keys)
+        (document.text, tokens, keys, depth)
         for tokens in length
         for document in _documents(documents)
-        for keys in _NEEDLE_KEYS
+        for keys, depth in _NEEDLES
     ]
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("judging", total=len(prompts), completed=len(journal.rows))
         begin = len(journal.rows)
         judged = needles.judge(Llama(model), encode, points, prompts, begin=begin)
-        for (_, tokens, keys), (asked, counted, right) in zip(prompts[begin:], judged, strict=True):
+        for prompt, (asked, counted, right) in zip(prompts[begin:], judged, strict=True):
+            _, tokens, keys, depth = prompt
             answered = {str(point): found for point, found in right.items()}
-            row = {"tokens": tokens, "keys": keys, "asked": asked, "counted": counted}
+            row = {"tokens": tokens, "keys": keys, "depth": depth, "asked": asked}
+            row["counted"] = counted
             journal.add({**row, "right": answered})
             progress.advance(bar)
     items = sum(row["counted"] for row in journal.rows)

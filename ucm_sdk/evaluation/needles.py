@@ -51,9 +51,12 @@ def wilson(right: int, items: int) -> tuple[float, float]:
 
 
 def build(
-    encode: Encode, text: str, *, tokens: int, keys: int, seed: int
+    encode: Encode, text: str, *, tokens: int, keys: int, depth: float, seed: int
 ) -> tuple[NDArray[np.int64], list[Item]]:
-    """Return a prompt of about ``tokens`` tokens that hides ``keys`` keys, and their questions."""
+    """Return a prompt of about ``tokens`` tokens that hides ``keys`` keys, and their questions.
+
+    Of as many equal parts of the text each hides one, at ``depth`` of the part.
+    """
     generator = random.Random(seed)  # noqa: S311 - reproducible, not secret
     names = generator.sample(_NAMES, keys)
     numbers = ["".join(generator.choices("123456789", k=_DIGITS)) for _ in names]
@@ -63,8 +66,7 @@ def build(
     ]
     hay = encode(text)[: tokens - sum(map(len, needles))]
     prompt: list[int] = []
-    # Evenly over the text, but within neither the sink nor the recent blocks.
-    places = [int(len(hay) * (index + generator.uniform(0.3, 0.7)) / keys) for index in range(keys)]
+    places = [int(len(hay) * (index + depth) / keys) for index in range(keys)]
     for begin, end, needle in zip([0, *places], places, needles, strict=False):
         prompt += hay[begin:end] + needle
     prompt += hay[places[-1] :]
@@ -91,16 +93,16 @@ def judge(
     model: Llama,
     encode: Encode,
     points: Sequence[Point],
-    prompts: Sequence[tuple[str, int, int]],
+    prompts: Sequence[tuple[str, int, int, float]],
     *,
     begin: int = 0,
 ) -> Iterator[tuple[int, int, dict[Point, int]]]:
     """Yield the number of questions, of those that count, and of each setting's right answers.
 
-    One item for each ``(text, tokens, keys)`` of ``prompts``, from ``begin`` on.
+    One item for each ``(text, tokens, keys, depth)`` of ``prompts``, from ``begin`` on.
     """
-    for seed, (text, tokens, keys) in enumerate(prompts[begin:], begin):
-        prompt, items = build(encode, text, tokens=tokens, keys=keys, seed=seed)
+    for seed, (text, tokens, keys, depth) in enumerate(prompts[begin:], begin):
+        prompt, items = build(encode, text, tokens=tokens, keys=keys, depth=depth, seed=seed)
         room = max(len(item.question) + len(item.answer) for item in items)
         cache = model.prefill(prompt, model.new_cache(len(prompt) + room))
         right = dict.fromkeys(points, 0)

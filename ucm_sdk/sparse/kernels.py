@@ -167,7 +167,15 @@ def axes_codes(
     xp = array_namespace(keys)
     columns = xp.matrix_transpose(xp.astype(rows, xp.float32))
     if isinstance(keys, np.ndarray) and scoring.codes(keys):
-        return scoring.axes_codes(keys, mean, columns, thresholds, bits, places, planes=planes)
+        return scoring.axes_codes(
+            keys,
+            mean,
+            columns,
+            thresholds=thresholds,
+            bits=bits,
+            places=places,
+            planes=planes,
+        )
     products = (xp.astype(keys, xp.float32) - mean[:, None, :]) @ columns
     code = xp.zeros_like(products)
     for step in range(thresholds.shape[-1]):
