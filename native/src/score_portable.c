@@ -31,8 +31,9 @@ static inline lanes load_bfloat16(const uint8_t *at)
 {
     uint16_t half[4];
     memcpy(half, at, sizeof half);
-    whole_lanes bits = {half[0] << 16, half[1] << 16, half[2] << 16, half[3] << 16};
-    return (lanes)bits;
+    typedef uint32_t bit_lanes __attribute__((vector_size(16)));
+    bit_lanes bits = {half[0], half[1], half[2], half[3]};
+    return (lanes)(bits << 16);
 }
 
 static inline whole_lanes widen(const uint8_t *at)
