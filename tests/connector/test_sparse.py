@@ -231,3 +231,58 @@ def test_a_finished_request_is_forgotten(tmp_path: Path) -> None:
     worker.side.begin_step(SparsePlan(finished=("r", "never seen")))
     assert worker.side.request_of(int(TABLE[BLOCKS - 1])) is None
     assert "r" not in worker.manager
+
+
+def test_a_method_that_fails_for_one_row_leaves_no_slot_that_looks_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = make(tmp_path)
+    worker.begin()
+    query = query_of()
+    worker.table(query)
+    other = -query_of(3)
+    choose = worker.manager.choose
+
+    def failing(request: str, *args: Any, **more: Any) -> Any:
+        if request == "broken":
+            raise ArithmeticError
+        return choose(request, *args, **more)
+
+    worker.side.begin_step(SparsePlan(begun=(("broken", PROMPT),)))
+    blocks = TABLE[:BLOCKS]
+    rows = [DecodeRow("r", BLOCKS * B, blocks), DecodeRow("broken", BLOCKS * B, blocks)]
+    monkeypatch.setattr(worker.manager, "choose", failing)
+    with pytest.raises(ArithmeticError):
+        worker.side.tables(1, rows, np.stack([other, other]))
+    table = worker.again(other, tokens=BLOCKS * B)
+    chosen = choose("r", 1, other, tokens=BLOCKS * B)
+    assert chosen is not None
+    for slot, block in zip(table[1:-3], chosen.middle[0], strict=True):
+        assert (worker.pages[1, slot] == block).all()
+
+
+def test_the_rows_of_a_layer_are_loaded_at_once(tmp_path: Path) -> None:
+    worker = make(tmp_path)
+    worker.begin()
+    cut = worker.manager.budget.cut(BLOCKS * B, B)
+    ids, slots = tuple(IDS[cut.first : cut.last]), tuple(range(220, 230))
+    change = SparseChange("s", cut.first, cut.last, ids, slots)
+    worker.side.begin_step(SparsePlan(begun=(("s", PROMPT),), changes=(change,)))
+    for request in ("r", "s"):
+        worker.side.summarise(
+            1,
+            request,
+            computed_tokens=BLOCKS * B - 1,
+            tokens=BLOCKS * B,
+            keys=lambda some: worker.keys[some.start : some.stop : some.step],
+        )
+    queries = np.stack([query_of(1), query_of(2)])
+    rows = [DecodeRow(request, BLOCKS * B, TABLE[:BLOCKS]) for request in ("r", "s")]
+    tables = worker.side.tables(1, rows, queries)
+    for request, query, table in zip(("r", "s"), queries, tables, strict=True):
+        chosen = worker.manager.choose(request, 1, query, tokens=BLOCKS * B)
+        assert chosen is not None
+        assert table is not None
+        for slot, block in zip(table[1:-3], chosen.middle[0], strict=True):
+            assert (worker.pages[1, slot] == block).all()
+    assert not set(tables[0][1:-3]) & set(tables[1][1:-3])

@@ -220,7 +220,7 @@ def choose_by_axes(
         _data(codes),
         _lib.UCM_VOTE_SHARE if shares else _lib.UCM_VOTE_SCORE,
         together,
-        _ffi.NULL if known is None else _data(known),
+        _ffi.NULL if known is None else _data(known.astype(np.float32, copy=False)),
         count,
         _data(scratch),
         _data(chosen),

@@ -68,6 +68,8 @@ class _Part:
     """The engine's blocks of what was chosen, -1 where there is none."""
     places: NDArray[np.intp] = field(default_factory=lambda: np.empty(0, np.intp))
     """Which of these lie in slots."""
+    wanted: list[int] = field(default_factory=list)
+    """The request's blocks that these are."""
     loads: list[tuple[int, int]] = field(default_factory=list)
     """Blocks of the request that must be loaded, and into which slots."""
 
@@ -177,6 +179,10 @@ class SparseWorkerSide:
             self._part(layer, row, queries[index], None if known is None else known[index])
             for index, row in enumerate(rows)
         ]
+        # Nothing counts as loaded before every row has chosen: a method may fail.
+        for part in parts:
+            if part is not None and len(part.places):
+                self._place(layer, part)
         self._fill_slots(layer, [part for part in parts if part is not None and part.loads])
         return [None if part is None else part.table() for part in parts]
 
@@ -198,12 +204,12 @@ class SparseWorkerSide:
         if request.last > request.first:
             away = (middle >= request.first) & (middle < request.last)
             part.places = np.flatnonzero(away)
-            self._place(layer, part, middle[part.places].tolist())
+            part.wanted = middle[part.places].tolist()
         return part
 
-    def _place(self, layer: int, part: _Part, wanted: list[int]) -> None:
+    def _place(self, layer: int, part: _Part) -> None:
         """Give each wanted block a slot, as far as there are any."""
-        slots_of = part.request.slots
+        slots_of, wanted = part.request.slots, part.wanted
         fitting = wanted[: len(slots_of)]
         if len(fitting) < len(wanted):
             self._recorder.count(telemetry.SPARSE_MISSED_BLOCKS, len(wanted) - len(fitting))

@@ -176,8 +176,9 @@ class Transform(UcmSparseBase):
     ) -> Array:
         """See the base class."""
         vote, share = self.options.vote, self.options.share
+        xp = array_namespace(queries)
         fused = choose_by_axes(
-            queries * self.geometry.score_scale,
+            xp.astype(queries, xp.float32) * self.geometry.score_scale,
             basis[:4],
             summaries[0],
             known if vote == "probability" else None,
