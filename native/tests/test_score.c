@@ -211,6 +211,26 @@ static void test_tables(void)
                            codes[0][0][0], NULL, NULL, scores[0][0][0]) == UCM_INVALID);
 }
 
+/* Sums of whole numbers of ones, and blocks that lie far below their neighbours. */
+static void test_logarithms(void)
+{
+    enum { MOST = 300 };
+    static float flat[2][16], steps[2][16], found[16];
+    static uint8_t same[16 * MOST];
+    const ucm_score_shape one = {1, 1, 1, 1, 0, 1}, many = {1, 1, 1, 16, 0, 16};
+    for (uint32_t tokens = 1; tokens <= MOST; tokens++) {
+        CHECK_OK(ucm_score_tables(&one, 1, tokens, flat[0], same, NULL, NULL, found));
+        CHECK(fabs(found[0] - log(tokens)) < 1e-6 * (1 + log(tokens)));
+    }
+    for (int code = 0; code < 16; code++) {
+        steps[0][code] = -40.0f * (float)code;
+        memset(same + code * B, code, B);
+    }
+    CHECK_OK(ucm_score_tables(&many, 1, B, steps[0], same, NULL, NULL, found));
+    for (int code = 0; code < 16; code++)
+        CHECK(fabs(found[code] - (steps[0][code] + log(B))) < 1e-4);
+}
+
 int main(void)
 {
     static const char *const names[] = {"portable", "avx2", "avx512"};
@@ -234,6 +254,7 @@ int main(void)
         test_float16();
         test_hash();
         test_tables();
+        test_logarithms();
     }
     return 0;
 }

@@ -261,7 +261,9 @@ def test_a_method_that_fails_for_one_row_leaves_no_slot_that_looks_loaded(
         assert (worker.pages[1, slot] == block).all()
 
 
-def test_the_rows_of_a_layer_are_loaded_at_once(tmp_path: Path) -> None:
+def test_the_rows_of_a_layer_are_loaded_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     worker = make(tmp_path)
     worker.begin()
     cut = worker.manager.budget.cut(BLOCKS * B, B)
@@ -278,7 +280,15 @@ def test_the_rows_of_a_layer_are_loaded_at_once(tmp_path: Path) -> None:
         )
     queries = np.stack([query_of(1), query_of(2)])
     rows = [DecodeRow(request, BLOCKS * B, TABLE[:BLOCKS]) for request in ("r", "s")]
+    load, batches = worker.store.load, []
+
+    def counted(batch: Any, **more: Any) -> Any:
+        batches.append(len(batch.ids))
+        return load(batch, **more)
+
+    monkeypatch.setattr(worker.store, "load", counted)
     tables = worker.side.tables(1, rows, queries)
+    assert batches == [2 * cut.chosen]
     for request, query, table in zip(("r", "s"), queries, tables, strict=True):
         chosen = worker.manager.choose(request, 1, query, tokens=BLOCKS * B)
         assert chosen is not None

@@ -141,13 +141,16 @@ def test_needles_are_hidden_where_they_can_be_found() -> None:
         return [words.setdefault(word, len(words)) for word in text.split()]
 
     text = " ".join(f"word{index}" for index in range(2000))
-    prompt, items = needles.build(encode, text, tokens=500, keys=3, depth=0.5, seed=4)
+    prompt, items = needles.build(encode, text, tokens=500, keys=3, depth=0.25, seed=4)
     assert abs(len(prompt) - 500) <= 3
     names = {number: word for word, number in words.items()}
     plain = " ".join(names[token] for token in prompt)
-    for item in items:
+    for part, item in enumerate(items):
         answer = " ".join(names[token] for token in item.answer)
-        assert plain.count(f"pass key is {answer}. Remember it.") == 1
+        found = f"pass key is {answer}. Remember it."
+        assert plain.count(found) == 1
+        before = len(plain[: plain.index(found)].split())
+        assert before == pytest.approx((part + 0.25) / 3 * len(prompt), abs=15)
 
 
 def test_intervals_are_wilsons() -> None:

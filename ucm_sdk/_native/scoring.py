@@ -57,8 +57,8 @@ def supports(array: NDArray[Any]) -> bool:
     return array.dtype in _DTYPES
 
 
-def codes(keys: NDArray[Any]) -> bool:
-    """Whether ``axes_codes`` takes such keys."""
+def supports_keys(keys: NDArray[Any]) -> bool:
+    """Whether ``axes_codes`` and ``known_mass`` take such keys."""
     return keys.dtype in _DTYPES and keys.shape[-1] <= _MOST_SIZE
 
 

@@ -145,14 +145,22 @@ class UcmSparseBase(ABC):
         votes = self.vote(scores, None if known is None else known[None])
         return self.select(array_namespace(votes).sum(votes, axis=0), count)
 
+    @property
+    def counts_shares(self) -> bool:
+        """Whether votes are shares of a query head's attention, not scores as they are."""
+        return self.options.vote != "score"
+
+    def counted(self, known: Array | None) -> Array | None:
+        """Return what of ``known`` votes count: all or nothing."""
+        return known if self.options.vote == "probability" else None
+
     def vote(self, scores: Array, known: Array | None = None) -> Array:
         """Return ``[Q, H, n]``, or ``[Q, 1, n]`` where a layer chooses as one.
 
         ``known`` ``[Q, H, g]`` is the exact log-sum-exp over the tokens that are kept anyway.
         """
-        together, shares = self.options.share == "layer", self.options.vote != "score"
-        if self.options.vote != "probability":
-            known = None
+        shares, together = self.counts_shares, self.options.share == "layer"
+        known = self.counted(known)
         if isinstance(scores, np.ndarray) and scores.dtype == np.float32:
             return scoring.votes(scores, known, shares=shares, together=together)
         xp = array_namespace(scores)

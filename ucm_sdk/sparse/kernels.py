@@ -166,7 +166,7 @@ def axes_codes(
     """
     xp = array_namespace(keys)
     columns = xp.matrix_transpose(xp.astype(rows, xp.float32))
-    if isinstance(keys, np.ndarray) and scoring.codes(keys):
+    if isinstance(keys, np.ndarray) and scoring.supports_keys(keys):
         return scoring.axes_codes(
             keys,
             mean,

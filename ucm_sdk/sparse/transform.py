@@ -175,16 +175,15 @@ class Transform(UcmSparseBase):
         self, queries: Array, summaries: Arrays, basis: Arrays, known: Array | None, count: int
     ) -> Array:
         """See the base class."""
-        vote, share = self.options.vote, self.options.share
         xp = array_namespace(queries)
         fused = choose_by_axes(
             xp.astype(queries, xp.float32) * self.geometry.score_scale,
             basis[:4],
             summaries[0],
-            known if vote == "probability" else None,
+            self.counted(known),
             count,
-            shares=vote != "score",
-            together=share == "layer",
+            shares=self.counts_shares,
+            together=self.options.share == "layer",
         )
         return super().choose(queries, summaries, basis, known, count) if fused is None else fused
 

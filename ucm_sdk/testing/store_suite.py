@@ -262,14 +262,16 @@ class StoreSuite:
     def test_rows_that_cannot_be_are_refused_at_the_call(self, store: KVStoreBase) -> None:
         ids, memory = ids_of(2), payloads_of(2)
         good = batch_of(ids, memory)
-        cases = {
-            "payload": ("length", LAYOUT.payload_bytes),
-            "every block": ("block", 0),
-            "empty": ("length", 0),
-        }
-        for message, (column, value) in cases.items():
+        last, every = -1, slice(None)
+        cases: list[tuple[str, str, Any, int]] = [
+            ("payload", "length", last, LAYOUT.payload_bytes),
+            ("every block", "block", every, 0),
+            ("no other", "block", last, len(ids)),
+            ("empty", "length", last, 0),
+        ]
+        for message, column, which, value in cases:
             rows = good.rows.copy()
-            rows[column][-1 if column == "length" else slice(None)] = value
+            rows[column][which] = value
             for operation in (store.load, store.dump):
                 with pytest.raises(ArgumentError, match=message):
                     operation(Batch(good.ids, rows), owners=memory)
