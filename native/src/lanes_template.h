@@ -70,9 +70,9 @@ static inline float sum_below(const float *values, uint32_t count, float peak)
 /* Below it a block's sum under the peak of its neighbours has lost something of its precision. */
 static const float FAR_BELOW = 1e-20f;
 
-/* The log-sum-exp of each of up to UCM_SCORE_TOGETHER blocks of `padded` values, whole vectors of which
- * all but the first `tokens` count for nothing and are overwritten.  One peak does for all that lie
- * near it, and logarithms are taken of many at once, since both take long for a single block. */
+/* The log-sum-exp of each of up to UCM_SCORE_TOGETHER blocks of `padded` values, whole vectors, of
+ * which all but the first `tokens` count for nothing and are overwritten.  One peak does for all
+ * that lie near it, and logarithms are taken of many at once: both take long for a single block. */
 static inline __attribute__((always_inline)) void logsumexps(
     float *values, uint32_t blocks, uint32_t tokens, uint32_t padded, float *results)
 {
