@@ -9,7 +9,8 @@ from __future__ import annotations
 from ucm_sdk.errors import Status, UcmError
 from ucm_sdk.hashing import BlockChain, Namespace, block_ids
 from ucm_sdk.layout import KVLayout
-from ucm_sdk.store import KVStoreBase, StoreContext, Task, open_store
+from ucm_sdk.store import KVStoreBase, StoreContext, open_store
+from ucm_sdk.tasks import Task
 from ucm_sdk.types import ID_BYTES, ROW, Batch, Capabilities, StoreStats, as_block_ids
 
 __all__ = [

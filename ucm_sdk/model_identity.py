@@ -8,6 +8,7 @@ remembered per file by inode, size and times, so that only the first start pays.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -16,9 +17,12 @@ import re
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ucm_sdk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +62,51 @@ def model_identity(directory: Path, *, cache_file: Path | None = None) -> str:
         "code": sorted(digests[len(weights) :]),
     }
     canonical = json.dumps(content, sort_keys=True)
+    return hashlib.blake2b(canonical.encode(), digest_size=32).hexdigest()
+
+
+def find_model(name: str, revision: str | None = None) -> Path:
+    """Return the directory of a model that is named by its path or as a hub names it.
+
+    Raises ``ConfigError`` when its files are not on this machine.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    found = None
+    with contextlib.suppress(ImportError, ValueError):  # a name that no hub knows
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    if isinstance(found, str):
+        return Path(found).parent
+    msg = (
+        f"the files of model {name!r} are not in the local cache, so its content cannot be "
+        "identified; set `model_identity` to a name of your own that changes with the weights"
+    )
+    raise ConfigError(msg)
+
+
+def rope_parameters(config: object) -> dict[str, Any]:
+    """Return the RoPE parameters in force, overrides included, in transformers' present form.
+
+    ``config`` is a model's configuration as transformers gives it to an engine.
+    """
+    names = ("rope_parameters", "rope_scaling")
+    rope = next((dict(value) for name in names if (value := getattr(config, name, None))), {})
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if (value := getattr(config, name, None)) is not None:
+            rope.setdefault(name, value)
+    return rope
+
+
+def config_digest(values: Mapping[str, Any]) -> str:
+    """Return the digest of a configuration in force, without what says where it came from."""
+    kept = {
+        name: value
+        for name, value in values.items()
+        if name not in {"_name_or_path", "transformers_version"}
+    }
+    canonical = json.dumps(kept, sort_keys=True, default=str)
     return hashlib.blake2b(canonical.encode(), digest_size=32).hexdigest()
 
 

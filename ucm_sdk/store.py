@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The store interface: ``KVStoreBase`` and the tasks that its transfers return.
+"""The store interface, ``KVStoreBase``.
 
 A store holds the blocks of one namespace and one layout.  Public methods are final: they check
 arguments, refuse a closed store and record metrics.  A backend implements the underscored hooks.
@@ -17,14 +17,15 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, final
+from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
 import numpy as np
 
 from ucm_sdk import telemetry
 from ucm_sdk.config import Strict, parse
-from ucm_sdk.errors import ArgumentError, ClosedError, ConfigError, Status, UcmError, error_for
+from ucm_sdk.errors import ArgumentError, ClosedError, ConfigError, Status, UcmError
 from ucm_sdk.registry import Registry
+from ucm_sdk.tasks import Task, Transfer
 from ucm_sdk.types import ROW, Batch, BlockIds, Capabilities, StoreStats, as_block_ids
 
 if TYPE_CHECKING:
@@ -54,101 +55,6 @@ class StoreContext:
         if not 0 <= self.shard < self.layout.shards:
             msg = f"shard {self.shard} of {self.layout.shards}"
             raise ArgumentError(msg)
-
-
-class Transfer(Protocol):
-    """A backend's side of a task.  Every method may be called from any thread."""
-
-    def done(self) -> bool:
-        """Whether every block has ended and the caller's memory is not used any more."""
-
-    def wait(self, timeout_s: float | None) -> bool:
-        """Wait until done or until the time is over; returns whether it is done."""
-
-    def cancel(self) -> None:
-        """Stop; returns at once.
-
-        Afterwards nothing is written to the caller's memory, and a block whose bytes had not all
-        been taken from it never becomes visible.
-        """
-
-    def statuses(self) -> NDArray[np.int32]:
-        """Return one ``Status`` per block of the batch."""
-
-    def elapsed_s(self) -> float:
-        """Return the seconds that the transfer took, once it is done."""
-
-
-@final
-class Task:
-    """A transfer under way.
-
-    The task keeps ``owners``, and the store keeps the task, until the transfer is done: a timeout
-    or a dropped reference never ends the life of memory that is still in use.
-    """
-
-    __slots__ = ("_cancelled", "_owners", "_settle", "_transfer")
-
-    def __init__(self, transfer: Transfer, owners: object, settle: Any) -> None:
-        """Wrap a backend's transfer; stores call this."""
-        self._transfer = transfer
-        self._cancelled = False
-        self._owners = owners
-        self._settle = settle
-
-    def done(self) -> bool:
-        """Whether the transfer has ended, well or not; never blocks."""
-        ended = self._transfer.done()
-        if ended:
-            self._settled()
-        return ended
-
-    def wait(self, timeout_s: float | None = None) -> None:
-        """Wait for the end; ``None`` waits without limit.
-
-        Raises ``TransferTimeoutError`` when the time is over, and the ``StoreError`` of the first
-        block that failed.
-        """
-        if not self._transfer.wait(timeout_s):
-            raise error_for(Status.TIMEOUT, f"not finished after {timeout_s} s")
-        self._settled()
-        statuses = self.statuses
-        failed = np.flatnonzero(statuses)
-        if len(failed):
-            status = Status(int(statuses[failed[0]]))
-            msg = f"{len(failed)} of {len(statuses)} blocks failed; the first: {status.label}"
-            raise error_for(status, msg)
-
-    def cancel(self) -> None:
-        """Stop the transfer; returns at once, and nothing is written to the caller's memory after.
-
-        The memory of a dump may still be read until ``done``.
-        """
-        self._cancelled = True
-        self._transfer.cancel()
-
-    def finish(self, deadline: float) -> None:
-        """Wait until ``deadline`` on the monotonic clock, unless cancelled before; then cancel."""
-        if not self._cancelled:
-            self._transfer.wait(max(0.0, deadline - time.monotonic()))
-        if not self.done():
-            self.cancel()
-
-    @property
-    def statuses(self) -> NDArray[np.int32]:
-        """One ``Status`` per block of the batch, ``PENDING`` for those under way."""
-        return self._transfer.statuses()
-
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds from the submission to the end, 0 before."""
-        return self._transfer.elapsed_s()
-
-    def _settled(self) -> None:
-        settle, self._settle = self._settle, None
-        if settle is not None:
-            settle(self)
-            self._owners = None
 
 
 class KVStoreBase(abc.ABC):
@@ -241,6 +147,25 @@ class KVStoreBase(abc.ABC):
         return self._stats()
 
     @final
+    def layouts(self) -> list[KVLayout]:
+        """Return in which other layouts this namespace's blocks may lie, such as another engine's.
+
+        The answer may take file operations.  Empty for a store that keeps one layout only.
+        """
+        self._check_open()
+        return [layout for layout in self._layouts() if layout != self.context.layout]
+
+    @final
+    def open_layout(self, layout: KVLayout, shard: int = 0) -> KVStoreBase:
+        """Open the same data in another of its ``layouts``, to look up and load.
+
+        The caller closes it.  Raises ``ConfigError`` where that cannot be.
+        """
+        self._check_open()
+        context = self.context
+        return self._open_layout(StoreContext(context.namespace, layout, shard, context.recorder))
+
+    @final
     def close(self, *, timeout_s: float = 10.0) -> None:
         """Finish what is under way within ``timeout_s``, cancel the rest, and free everything.
 
@@ -291,6 +216,14 @@ class KVStoreBase(abc.ABC):
     def _pin(self, ids: BlockIds, *, pinned: bool) -> int:
         del pinned  # a store that never evicts keeps everything as it is
         return int(self._lookup(ids).sum())
+
+    def _layouts(self) -> list[KVLayout]:
+        return []
+
+    def _open_layout(self, context: StoreContext) -> KVStoreBase:
+        del context
+        msg = f"{type(self).__name__} keeps blocks of one layout only"
+        raise ConfigError(msg)
 
     @abc.abstractmethod
     def _stats(self) -> StoreStats: ...

@@ -69,6 +69,11 @@ RECOMPUTED_TOKENS: Final = Metric(
     Kind.COUNTER,
     "Prompt tokens that the store had and that were expected to be computed sooner than loaded.",
 )
+CONVERTED_TOKENS: Final = Metric(
+    "ucm_converted_tokens",
+    Kind.COUNTER,
+    "Tokens that were loaded from blocks of another layout, such as another engine's.",
+)
 LOOKUP_SECONDS: Final = Metric(
     "ucm_lookup_seconds", Kind.HISTOGRAM, "Seconds of the lookup of a request.", (), _SECONDS
 )
@@ -116,6 +121,7 @@ METRICS: Final = (
     REQUESTS,
     HIT_TOKENS,
     RECOMPUTED_TOKENS,
+    CONVERTED_TOKENS,
     LOOKUP_SECONDS,
     FAILED_LOAD_TOKENS,
     TIMEOUTS,

@@ -13,6 +13,7 @@ from ucm_sdk.availability import CallThread
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ucm_sdk.connector.others import OtherLayouts, Prompt, Run
     from ucm_sdk.store import KVStoreBase
 
 logger = logging.getLogger(__name__)
@@ -21,12 +22,18 @@ logger = logging.getLogger(__name__)
 class PendingLookup:
     """A prefix lookup that runs on the lookup thread."""
 
-    __slots__ = ("_ended", "blocks", "elapsed_s", "first", "ids", "started")
+    __slots__ = ("_ended", "blocks", "elapsed_s", "first", "ids", "prompt", "runs", "started")
 
-    def __init__(self, ids: Sequence[bytes], first: int) -> None:
-        """Describe the lookup of ``ids``, which begin at block ``first`` of their request."""
+    def __init__(self, ids: Sequence[bytes], first: int, prompt: Prompt | None = None) -> None:
+        """Describe the lookup of ``ids``, which begin at block ``first`` of their request.
+
+        With ``prompt`` it goes on in other layouts.
+        """
         self.ids = ids
         self.first = first
+        self.prompt = prompt
+        self.runs: tuple[Run, ...] = ()
+        """The last of the blocks that were found, where other layouts have them."""
         self.blocks: int | None = None
         self.started = time.monotonic()
         self.elapsed_s = 0.0
@@ -41,9 +48,10 @@ class PendingLookup:
         """Wait for the end; ``blocks`` is then the number found, None when the store failed."""
         return self._ended.wait(timeout_s)
 
-    def end(self, blocks: int | None) -> None:
+    def end(self, blocks: int | None, runs: Sequence[Run] = ()) -> None:
         """Set the result."""
-        self.blocks = blocks
+        self.runs = tuple(runs)
+        self.blocks = runs[-1].end - self.first if runs else blocks
         self.elapsed_s = time.monotonic() - self.started
         self._ended.set()
 
@@ -51,15 +59,20 @@ class PendingLookup:
 class LookupThread:
     """Runs lookups beside the engine's loop, which must never wait for a hung mount."""
 
-    def __init__(self, store: KVStoreBase, *, lease_s: float) -> None:
-        """Start the thread."""
+    def __init__(
+        self, store: KVStoreBase, *, lease_s: float, others: OtherLayouts | None = None
+    ) -> None:
+        """Start the thread; ``others`` is asked where ``store`` has no more."""
         self._store = store
         self._lease_s = lease_s
+        self._others = others
         self._thread = CallThread("ucm-lookup")
 
-    def submit(self, ids: Sequence[bytes], first: int) -> PendingLookup:
+    def submit(
+        self, ids: Sequence[bytes], first: int, prompt: Prompt | None = None
+    ) -> PendingLookup:
         """Queue a lookup and return it."""
-        pending = PendingLookup(ids, first)
+        pending = PendingLookup(ids, first, prompt)
         self._thread.submit(lambda: self._look_up(pending))
         return pending
 
@@ -69,7 +82,19 @@ class LookupThread:
 
     def _look_up(self, pending: PendingLookup) -> None:
         try:
-            pending.end(self._store.lookup_prefix(pending.ids, lease_s=self._lease_s))
+            count = self._store.lookup_prefix(pending.ids, lease_s=self._lease_s)
+            pending.end(count, self._go_on(pending, count))
         except Exception as error:  # noqa: BLE001 - whatever a store raises is a miss
             logger.warning("a lookup failed and counts as a miss: %s", error)
             pending.end(None)
+
+    def _go_on(self, pending: PendingLookup, count: int) -> list[Run]:
+        """Return what other layouts have after the first ``count`` blocks."""
+        if self._others is None or pending.prompt is None:
+            return []
+        first, end = pending.first + count, pending.first + len(pending.ids)
+        try:
+            return self._others.extend(pending.prompt, first, end, self._lease_s)
+        except Exception as error:  # noqa: BLE001 - the engine's own blocks are found all the same
+            logger.warning("a lookup in other layouts failed: %s", error)
+            return []

@@ -26,6 +26,9 @@ class ConnectorOptions(config.Strict):
     load_when: Literal["faster", "always"] = "faster"
     """``faster``: a hit is loaded where that is expected to take less time than computing it, by
     what this engine has measured of both; ``always``: every hit is loaded."""
+    other_layouts: bool = True
+    """Whether blocks that were cut or packed in another way, by another engine or under other
+    settings, are found too and converted on load."""
     min_hit_tokens: int = pydantic.Field(default=1, ge=1)
     """Hits of fewer tokens are not claimed."""
     lookup_timeout_s: float = pydantic.Field(default=1.0, gt=0)

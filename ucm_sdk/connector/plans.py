@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
+
+    from ucm_sdk.layout import KVLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,21 @@ class ScheduledRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Conversion:
+    """Blocks of a load that come from blocks of another layout."""
+
+    layout: KVLayout
+    ids: tuple[bytes, ...]
+    """That layout's blocks, from the one that holds the first token on."""
+    first_token: int
+    """First token, counted from the request's first; the engine's block begins with it."""
+    first: int
+    """First of the load's blocks that is filled from them."""
+    end: int
+    """One beyond the last."""
+
+
+@dataclass(frozen=True, slots=True)
 class LoadPlan:
     """Blocks of one request that come from the store."""
 
@@ -33,6 +50,29 @@ class LoadPlan:
     ids: tuple[bytes, ...]
     blocks: tuple[int, ...]
     """The engine's blocks that they go to."""
+    conversions: tuple[Conversion, ...] = ()
+    """Where not all of them are in the store under their ids, where the rest comes from."""
+
+    def some(self, kept: Iterable[int]) -> LoadPlan:
+        """Return the load of some of the blocks, as they are in the store."""
+        indices = list(kept)
+        ids = tuple(self.ids[index] for index in indices)
+        return LoadPlan(self.request, ids, tuple(self.blocks[index] for index in indices))
+
+
+def joined(plans: Sequence[LoadPlan]) -> LoadPlan:
+    """Return several loads as one, of no request."""
+    ids: list[bytes] = []
+    blocks: list[int] = []
+    conversions: list[Conversion] = []
+    for plan in plans:
+        shift = len(blocks)
+        conversions += [
+            replace(one, first=one.first + shift, end=one.end + shift) for one in plan.conversions
+        ]
+        ids += plan.ids
+        blocks += plan.blocks
+    return LoadPlan("", tuple(ids), tuple(blocks), tuple(conversions))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +125,8 @@ class WorkerReport:
 
     ended_saves: dict[int, int] = field(default_factory=dict)
     """Number of ranks on which a save has ended, well or not, by serial."""
+    failed_saves: set[int] = field(default_factory=set)
+    """Saves that have ended and of which not every block is in the store."""
     held_saves: set[int] = field(default_factory=set)
     """Saves that were not begun because a load beside them failed; they may be planned again."""
     transfers_ok: int = 0
@@ -118,6 +160,7 @@ class WorkerReport:
         """Add another rank's report, or a later one."""
         for serial, ranks in other.ended_saves.items():
             self.ended_saves[serial] = self.ended_saves.get(serial, 0) + ranks
+        self.failed_saves |= other.failed_saves
         self.held_saves |= other.held_saves
         self.transfers_ok += other.transfers_ok
         self.store_errors += other.store_errors

@@ -14,10 +14,13 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from ucm_sdk import telemetry
 from ucm_sdk.availability import Breaker, Operation
 from ucm_sdk.connector.costs import CostModel, token_pairs
 from ucm_sdk.connector.lookups import LookupThread, PendingLookup
+from ucm_sdk.connector.others import OtherLayouts, Prompt, Run, conversions
 from ucm_sdk.connector.plans import (
     LoadPlan,
     SavePlan,
@@ -47,6 +50,7 @@ _OUTDATED_S: Final = 1.0
 @dataclass(slots=True)
 class _Request:
     chain: BlockChain
+    request_extra: bytes
     extras: Mapping[int, bytes]
     loads: bool = True
     """False once a load has failed: what failed once is computed."""
@@ -55,6 +59,8 @@ class _Request:
     counted: bool = False
     matched_from: int = 0
     """Tokens that the engine had itself at the last match."""
+    runs: tuple[Run, ...] = ()
+    """Where the blocks of the last match lie that are not under their own ids."""
     saved_blocks: int = 0
     """Blocks from the first on that are in the store or on their way."""
     found_blocks: int = 0
@@ -108,7 +114,8 @@ class SchedulerSide:
         self._namespace = store.context.namespace.digest()
         self._block_tokens = store.context.layout.block_tokens
         self._recorder = store.context.recorder
-        self._lookups = LookupThread(store, lease_s=options.lease_s)
+        self._others = OtherLayouts(store) if options.other_layouts and loads else None
+        self._lookups = LookupThread(store, lease_s=options.lease_s, others=self._others)
         self._breaker = Breaker(options.retry_after_s)
         self._costs = costs or CostModel(self._block_tokens)
         self._requests: dict[str, _Request] = {}
@@ -143,7 +150,7 @@ class SchedulerSide:
         if id in self._requests:
             return
         chain = BlockChain(self._namespace, self._block_tokens, request_extra=request_extra)
-        request = self._requests[id] = _Request(chain, extras or {})
+        request = self._requests[id] = _Request(chain, request_extra, extras or {})
         if self._look_up(request, tokens, 0) is not None and self._prefetches:
             self._waiting[id] = request
 
@@ -187,7 +194,9 @@ class SchedulerSide:
             return
         first = request.matched_from // self._block_tokens
         end = (request.matched_from + external_tokens) // self._block_tokens
-        plan = LoadPlan(id, tuple(request.chain.ids[first:end]), tuple(blocks[first:end]))
+        ids = tuple(request.chain.ids[first:end])
+        converted = conversions(request.runs, self._store.context.layout, first, end)
+        plan = LoadPlan(id, ids, tuple(blocks[first:end]), converted)
         request.saved_blocks = max(request.saved_blocks, end)
         self._next.loads.append(plan)
         self._next.written.update(plan.blocks)
@@ -228,6 +237,20 @@ class SchedulerSide:
             tuple(self._prefetch()) if self._waiting else (),
         )
 
+    def plan_offload(self, ids: Sequence[bytes], blocks: Sequence[int]) -> SavePlan | None:
+        """Plan to save blocks that an engine hands over by itself and keeps until they are saved.
+
+        None when nothing is saved, by the engine's role or while the store is left alone.
+        """
+        if not self._saves or not self._breaker.allows("transfer"):
+            self._recorder.count(telemetry.DROPPED_SAVES, len(ids), labels=("unavailable",))
+            return None
+        self._serial += 1
+        plan = SavePlan(self._serial, tuple(ids), tuple(blocks))
+        # Of no request, and in memory that nobody reuses meanwhile.
+        self._saving[plan.serial] = _Save("", 0, (), self._ranks, time.monotonic())
+        return plan
+
     def update(self, report: WorkerReport) -> None:
         """Take what the workers report."""
         for serial in report.held_saves & self._saving.keys():
@@ -262,6 +285,10 @@ class SchedulerSide:
         """Say that the next step writes to these blocks of the engine's, too."""
         self._next.written.update(blocks)
 
+    def matched_from(self, id: str) -> int:
+        """Return how many tokens the engine had itself at a request's last match."""
+        return self._requests[id].matched_from
+
     def ids(self, id: str, first: int, last: int) -> tuple[bytes, ...]:
         """Return the ids of a request's blocks, as far as they have been saved or looked up."""
         return tuple(self._requests[id].chain.ids[first:last])
@@ -276,6 +303,8 @@ class SchedulerSide:
         """End the lookup thread and close the store."""
         self._costs.keep(now=True)
         if self._lookups.close(1.0):
+            if self._others is not None:
+                self._others.close()
             self._store.close()
 
     def _look_up(
@@ -287,7 +316,12 @@ class SchedulerSide:
         usable = (len(tokens) - 1) // self._block_tokens
         request.lookup = None
         if self._loads and usable > first and self._breaker.allows("lookup"):
-            request.lookup = self._lookups.submit(request.chain.ids[first:usable], first)
+            prompt = None
+            if self._others is not None:
+                # All of them: another layout's block may end where the engine's own does not.
+                known = np.asarray(tokens[:], np.uint32)
+                prompt = Prompt(known, request.request_extra, request.extras)
+            request.lookup = self._lookups.submit(request.chain.ids[first:usable], first, prompt)
         return request.lookup
 
     def _outdated(self, lookup: PendingLookup, first: int) -> bool:
@@ -313,6 +347,7 @@ class SchedulerSide:
         if hit < self._options.min_hit_tokens or not self._breaker.allows("transfer"):
             hit = 0
         request.matched_from = computed
+        request.runs = lookup.runs
         request.saved_blocks = max(request.saved_blocks, (computed + hit) // size)
         found, hit = hit, self._worth_loading(hit, computed)
         request.found_blocks = (computed + found) // size if hit < found else 0

@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from ucm_sdk import telemetry
-from ucm_sdk.connector.plans import LoadPlan, Observed, SavePlan, StepPlan, StepResult
+from ucm_sdk.connector.others import Converter
+from ucm_sdk.connector.plans import (
+    LoadPlan,
+    Observed,
+    SavePlan,
+    StepPlan,
+    StepResult,
+    joined,
+)
 from ucm_sdk.errors import STORE_ERRORS, ArgumentError, Status, UcmError
 from ucm_sdk.types import Batch
 
@@ -29,7 +37,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ucm_sdk.connector.options import ConnectorOptions
-    from ucm_sdk.store import KVStoreBase, Task
+    from ucm_sdk.store import KVStoreBase
+    from ucm_sdk.tasks import Task
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +46,7 @@ _IDLE_WAIT_S: Final = 0.001
 _MANY_TOKENS: Final = 32
 """A step that computes fewer says nothing about what computing a prompt costs."""
 _LOG_EVERY_S: Final = 60.0
+_CLOSE_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +60,8 @@ class KVMemory:
     strides: NDArray[np.uint64]
     owners: object = None
     """Whatever keeps the memory alive."""
+    pieces_per_layer: int = 1
+    """2 where an engine keeps keys and values apart."""
 
     def addresses(self, blocks: Sequence[int], pieces: slice) -> NDArray[np.uint64]:
         """Return addresses of shape ``[blocks, pieces]``."""
@@ -58,11 +70,28 @@ class KVMemory:
 
 
 @dataclass(slots=True)
+class _Part:
+    """A task, and which of a load's blocks it fills."""
+
+    task: Task
+    blocks: NDArray[np.int64]
+
+
+@dataclass(slots=True)
 class _Load:
     plan: LoadPlan
-    task: Task
+    parts: list[_Part]
     started: float
     deadline: float
+
+    @property
+    def statuses(self) -> NDArray[np.int32]:
+        """Return the worst ``Status`` of each block."""
+        worst = np.full(len(self.plan.blocks), Status.OK, np.int32)
+        for part in self.parts:
+            mine = worst[part.blocks]
+            worst[part.blocks] = np.where(mine == Status.OK, part.task.statuses, mine)
+        return worst
 
 
 @dataclass(slots=True)
@@ -70,9 +99,10 @@ class _LayerLoads:
     """The loads of one step that the step's own layers wait for."""
 
     plans: tuple[LoadPlan, ...]
-    tasks: list[Task]
-    started: float
-    deadline: float
+    load: _Load
+    """All of them as one."""
+    layers: list[Task]
+    """The tasks that each layer waits for; conversions are waited for by the first."""
     refused: Status
     """Not ``OK`` when the store did not accept every layer."""
 
@@ -91,7 +121,8 @@ class WorkerSide:
     def __init__(self, store: KVStoreBase, options: ConnectorOptions, memory: KVMemory) -> None:
         """Transfer between ``store`` and ``memory``, which has the store's layout."""
         layout = store.context.layout
-        if len(memory.bases) != len(layout.piece_bytes):
+        self._layers, rest = divmod(len(memory.bases), memory.pieces_per_layer)
+        if len(memory.bases) != len(layout.piece_bytes) or rest:
             msg = (
                 f"{len(memory.bases)} pieces of memory for {len(layout.piece_bytes)} of the layout"
             )
@@ -99,6 +130,7 @@ class WorkerSide:
         self._store = store
         self._options = options
         self._memory = memory
+        self._converter = Converter(store, memory)
         self._offsets = layout.piece_offsets
         self._lengths = layout.piece_lengths
         self._recorder = store.context.recorder
@@ -137,26 +169,31 @@ class WorkerSide:
             return
         for load in plan.loads:
             try:
-                task = self._store.load(self._batch(load), owners=self._memory.owners)
+                parts = self._start(load)
             except UcmError as error:
                 self._log("load", error)
                 self._settle_load(load, np.full(len(load.blocks), _status_of(error), np.int32))
                 self._result.report.load_s[load.request] = 0.0
                 self._result.loaded.add(load.request)
                 continue
-            self._loads.append(_Load(load, task, now, deadline))
+            self._loads.append(_Load(load, parts, now, deadline))
 
     def wait_layer(self, layer: int) -> None:
         """Wait until this layer's blocks are there; at once when nothing is loaded layer-wise."""
         loads = self._layer_loads
-        if loads is not None and layer < len(loads.tasks):
-            _wait(loads.tasks[layer], loads.deadline)
+        if loads is None:
+            return
+        converted = len(loads.load.parts) - len(loads.layers) if layer == 0 else 0
+        waited = [part.task for part in loads.load.parts[:converted]]
+        waited += loads.layers[layer : layer + 1]
+        for task in waited:
+            _wait(task, loads.load.deadline)
 
     def save_layer(self, plan: StepPlan, layer: int) -> None:
         """Start to save one layer of the step's blocks, where saving is layer-wise."""
         if self._saves_layers(plan):
             for save in plan.saves:
-                self._save(save, slice(layer, layer + 1))
+                self._save(save, self._pieces(layer))
 
     def _saves_layers(self, plan: StepPlan) -> bool:
         """Whether this step's blocks are saved layer by layer.
@@ -201,6 +238,8 @@ class WorkerSide:
 
     def close(self) -> None:
         """Finish the saves within their time and close the store."""
+        if not self._converter.close(_CLOSE_S):
+            logger.warning("a load of another layout's blocks hangs and is left behind")
         self._store.close(timeout_s=self._options.save_timeout_s)
 
     # Loads.
@@ -213,34 +252,64 @@ class WorkerSide:
             addresses=self._memory.addresses(plan.blocks, pieces),
         )
 
+    def _pieces(self, layer: int) -> slice:
+        count = self._memory.pieces_per_layer
+        return slice(layer * count, (layer + 1) * count)
+
+    def _start(self, plan: LoadPlan) -> list[_Part]:
+        """Start a load: what is converted, and the rest at once."""
+        parts, rest = self._start_conversions(plan)
+        if len(rest):
+            try:
+                task = self._store.load(self._batch(plan.some(rest)), owners=self._memory.owners)
+            except UcmError:
+                for part in parts:
+                    part.task.cancel()
+                raise
+            parts.append(_Part(task, rest))
+        return parts
+
+    def _start_conversions(self, plan: LoadPlan) -> tuple[list[_Part], NDArray[np.int64]]:
+        """Return what was started, and the blocks that are left to load as they are."""
+        parts: list[_Part] = []
+        own = np.ones(len(plan.blocks), np.bool_)
+        for one in plan.conversions:
+            task = self._converter.load(one, plan.blocks[one.first : one.end])
+            parts.append(_Part(task, np.arange(one.first, one.end)))
+            own[one.first : one.end] = False
+        return parts, np.flatnonzero(own)
+
     def _start_layer_loads(self, plans: tuple[LoadPlan, ...], now: float, deadline: float) -> None:
-        ids = [id for plan in plans for id in plan.ids]
-        blocks = [block for plan in plans for block in plan.blocks]
-        whole = LoadPlan("", tuple(ids), tuple(blocks))
-        tasks: list[Task] = []
+        whole = joined(plans)
+        parts, rest = self._start_conversions(whole)
+        layers: list[Task] = []
         refused = Status.OK
         try:
-            for layer in range(len(self._lengths)):
-                batch = self._batch(whole, slice(layer, layer + 1))
-                tasks.append(self._store.load(batch, owners=self._memory.owners))
+            for layer in range(self._layers if len(rest) else 0):
+                batch = self._batch(whole.some(rest), self._pieces(layer))
+                layers.append(self._store.load(batch, owners=self._memory.owners))
         except UcmError as error:
             self._log("load", error)
             refused = _status_of(error)
-            for task in tasks:
+            for task in layers:
                 task.cancel()
-        self._layer_loads = _LayerLoads(plans, tasks, now, deadline, refused)
+        parts += [_Part(task, rest) for task in layers]
+        load = _Load(whole, parts, now, deadline)
+        self._layer_loads = _LayerLoads(plans, load, layers, refused)
 
     def _finish_layer_loads(self) -> bool:
         """Return whether any block of the step's layer-wise loads failed."""
         loads, self._layer_loads = self._layer_loads, None
         if loads is None:
             return False
-        worst = np.full(sum(len(plan.blocks) for plan in loads.plans), loads.refused, np.int32)
-        for task in loads.tasks:
-            if not _wait(task, loads.deadline):
+        tasks = [part.task for part in loads.load.parts]
+        for task in tasks:
+            if not _wait(task, loads.load.deadline):
                 self._give_up(task, "load")
-            worst = np.where(worst == Status.OK, task.statuses, worst)
-        seconds = self._took("load", loads.tasks, loads.started)
+        worst = loads.load.statuses
+        if loads.refused != Status.OK:
+            worst = np.where(worst == Status.OK, loads.refused, worst)
+        seconds = self._took("load", tasks, loads.load.started)
         first = 0
         for plan in loads.plans:
             end = first + len(plan.blocks)
@@ -250,13 +319,15 @@ class WorkerSide:
         return bool(worst.any())
 
     def _ended_load(self, load: _Load, now: float) -> bool:
-        if not load.task.done():
-            if now <= load.deadline:
-                return False
-            self._give_up(load.task, "load")
-        self._settle_load(load.plan, load.task.statuses)
+        tasks = [part.task for part in load.parts]
+        late = [task for task in tasks if not task.done()]
+        if late and now <= load.deadline:
+            return False
+        for task in late:
+            self._give_up(task, "load")
+        self._settle_load(load.plan, load.statuses)
         report = self._result.report
-        report.load_s[load.plan.request] = self._took("load", [load.task], load.started)
+        report.load_s[load.plan.request] = self._took("load", tasks, load.started)
         self._result.loaded.add(load.plan.request)
         return True
 
@@ -292,6 +363,7 @@ class WorkerSide:
         for task in late:
             self._give_up(task, "dump")
         if late:
+            self._result.report.failed_saves.add(serial)
             self._recorder.count(telemetry.DROPPED_SAVES, save.blocks, labels=(reason,))
             return
         failed = np.zeros(save.blocks, np.bool_)
@@ -301,7 +373,9 @@ class WorkerSide:
             if failed.any():
                 self._log("dump", Status(int(statuses.min())).label)
         self._recorder.count(telemetry.DROPPED_SAVES, int(failed.sum()), labels=("failed",))
-        if save.tasks and not failed.any():
+        if failed.any() or not save.tasks:
+            self._result.report.failed_saves.add(serial)
+        else:
             self._result.report.transfers_ok += 1
             seconds = self._took("dump", save.tasks, save.started)
             self._result.report.saves.add(Observed(save.blocks, seconds))
@@ -326,7 +400,7 @@ class WorkerSide:
         self._log(operation, "the store did not answer in time")
 
     def _wait_a_little(self) -> None:
-        tasks = [load.task for load in self._loads]
+        tasks = [part.task for load in self._loads for part in load.parts]
         tasks += [task for save in self._saves.values() for task in save.tasks]
         pending = next((task for task in tasks if not task.done()), None)
         if pending is not None:

@@ -15,8 +15,9 @@ import numpy as np
 import pydantic
 
 from ucm_sdk.errors import Status
-from ucm_sdk.store import StoreContext, Transfer
+from ucm_sdk.store import StoreContext
 from ucm_sdk.stores.wrapping import DelayedTransfer, WrappingOptions, WrappingStore
+from ucm_sdk.tasks import Transfer
 from ucm_sdk.types import Batch, BlockIds
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class FaultyStore(WrappingStore):
     def __init__(self, context: StoreContext, options: FaultyOptions) -> None:
         """Open the inner store for the same context."""
         super().__init__(context, options)
-        self._options = options
+        self._options: FaultyOptions = options
         self._random = random.Random(options.seed)  # noqa: S311 - chooses faults, not secrets
 
     def _lookup(self, ids: BlockIds) -> NDArray[np.bool_]:

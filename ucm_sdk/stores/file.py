@@ -29,7 +29,9 @@ import pydantic
 from ucm_sdk._native import Pool, Segments, scratch_bytes
 from ucm_sdk.config import Strict
 from ucm_sdk.errors import ConfigError, UcmError
-from ucm_sdk.store import KVStoreBase, StoreContext, Transfer
+from ucm_sdk.layout import KVLayout
+from ucm_sdk.store import KVStoreBase, StoreContext
+from ucm_sdk.tasks import Transfer
 from ucm_sdk.types import Batch, BlockIds, Capabilities, StoreStats
 
 if TYPE_CHECKING:
@@ -186,6 +188,17 @@ class FileStore(KVStoreBase):
 
     def _dump(self, batch: Batch) -> Transfer:
         return self._segments.transfer("dump", batch)
+
+    def _layouts(self) -> list[KVLayout]:
+        found = []
+        for file in sorted(self._directory.parent.glob("*/geometry.json")):
+            # What another version wrote, or nobody has finished, is none of this version's.
+            with contextlib.suppress(OSError, UcmError):
+                found.append(KVLayout.from_canonical(file.read_text()))
+        return found
+
+    def _open_layout(self, context: StoreContext) -> FileStore:
+        return FileStore(context, self._options)
 
     def _delete(self, ids: BlockIds) -> int:
         return self._segments.delete(ids)

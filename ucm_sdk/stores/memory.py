@@ -21,7 +21,8 @@ import pydantic
 from ucm_sdk._native import crc32c
 from ucm_sdk.config import Strict
 from ucm_sdk.errors import Status
-from ucm_sdk.store import KVStoreBase, StoreContext, Transfer
+from ucm_sdk.store import KVStoreBase, StoreContext
+from ucm_sdk.tasks import Transfer
 from ucm_sdk.types import Batch, BlockIds, Capabilities, StoreStats
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ucm_sdk.store import Transfer
     from ucm_sdk.stores.tiers import Tier
+    from ucm_sdk.tasks import Transfer
     from ucm_sdk.types import BlockIds
 
 logger = logging.getLogger(__name__)

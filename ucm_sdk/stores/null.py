@@ -13,8 +13,9 @@ import numpy as np
 
 from ucm_sdk.config import Strict
 from ucm_sdk.errors import Status
-from ucm_sdk.store import KVStoreBase, StoreContext, Transfer
+from ucm_sdk.store import KVStoreBase, StoreContext
 from ucm_sdk.stores.memory import EndedTransfer
+from ucm_sdk.tasks import Transfer
 from ucm_sdk.types import Batch, BlockIds, Capabilities, StoreStats
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import pydantic
 
-from ucm_sdk.store import StoreContext, Transfer
+from ucm_sdk.store import StoreContext
 from ucm_sdk.stores.wrapping import DelayedTransfer, WrappingOptions, WrappingStore
+from ucm_sdk.tasks import Transfer
 from ucm_sdk.types import Batch
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class ThrottledStore(WrappingStore):
     def __init__(self, context: StoreContext, options: ThrottledOptions) -> None:
         """Open the inner store for the same context."""
         super().__init__(context, options)
-        self._options = options
+        self._options: ThrottledOptions = options
         self._free_at = 0.0
 
     def _load(self, batch: Batch) -> Transfer:

@@ -17,13 +17,16 @@ import pydantic
 from ucm_sdk.availability import Breaker, CallThread
 from ucm_sdk.config import Strict
 from ucm_sdk.errors import UcmError
-from ucm_sdk.store import KVStoreBase, StoreContext, Transfer, check_store_options, open_store
+from ucm_sdk.store import KVStoreBase, StoreContext, check_store_options, open_store
 from ucm_sdk.stores.mover import Mover
 from ucm_sdk.stores.tiers import Tier, TieredDump, TieredLoad
+from ucm_sdk.tasks import Transfer
 from ucm_sdk.types import Batch, BlockIds, Capabilities, StoreStats
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from ucm_sdk.layout import KVLayout
 
 
 class TieredOptions(Strict):
@@ -190,6 +193,15 @@ class TieredStore(KVStoreBase):
         except UcmError:
             return False
         return True
+
+    # Other layouts.
+
+    def _layouts(self) -> list[KVLayout]:
+        return self.slow.store.layouts()
+
+    def _open_layout(self, context: StoreContext) -> KVStoreBase:
+        # The slow tier has everything; a second fast tier would take its memory again.
+        return self.slow.store._open_layout(context)  # noqa: SLF001 - the same hook
 
     # What an operator does.
 

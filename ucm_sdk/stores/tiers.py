@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ucm_sdk.availability import Breaker
-    from ucm_sdk.store import KVStoreBase, Transfer
+    from ucm_sdk.store import KVStoreBase
+    from ucm_sdk.tasks import Transfer
     from ucm_sdk.types import BlockIds
 
     Indices = NDArray[np.int64]

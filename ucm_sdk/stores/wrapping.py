@@ -12,11 +12,14 @@ import pydantic
 
 from ucm_sdk.config import Strict
 from ucm_sdk.errors import Status, UcmError
-from ucm_sdk.store import KVStoreBase, StoreContext, Transfer, check_store_options, open_store
+from ucm_sdk.store import KVStoreBase, StoreContext, check_store_options, open_store
+from ucm_sdk.tasks import Transfer
 from ucm_sdk.types import Batch, BlockIds, Capabilities, StoreStats
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from ucm_sdk.layout import KVLayout
 
 
 class WrappingOptions(Strict):
@@ -104,6 +107,7 @@ class WrappingStore(KVStoreBase):
     def __init__(self, context: StoreContext, options: WrappingOptions) -> None:
         """Open the inner store for the same context."""
         super().__init__(context)
+        self._options: Any = options
         self._inner = open_store(options.inner, context)
 
     @property
@@ -127,6 +131,13 @@ class WrappingStore(KVStoreBase):
 
     def _dump(self, batch: Batch) -> Transfer:
         return self._inner._dump(batch)  # noqa: SLF001
+
+    def _layouts(self) -> list[KVLayout]:
+        return self._inner.layouts()
+
+    def _open_layout(self, context: StoreContext) -> KVStoreBase:
+        # This layer is around another layout's blocks, too.
+        return type(self)(context, self._options)
 
     def _delete(self, ids: BlockIds) -> int:
         return self._inner.delete(ids)

@@ -46,13 +46,18 @@ class _Running:
 class ScriptedEngine:
     """Serves a ``ScriptedModel`` with a store behind it."""
 
-    block_tokens: Final = 4
     layers: Final = 3
 
     def __init__(
-        self, config: Mapping[str, Any], *, blocks: int = 64, tokens_per_step: int = 10
+        self,
+        config: Mapping[str, Any],
+        *,
+        blocks: int = 64,
+        block_tokens: int = 4,
+        tokens_per_step: int = 10,
     ) -> None:
         """Start on ``config``, the same as an operator's; ``blocks`` is the size of the pool."""
+        self.block_tokens = block_tokens
         self._config = dict(config)
         self._block_count = blocks
         self._tokens_per_step = tokens_per_step
@@ -69,7 +74,7 @@ class ScriptedEngine:
             kv_heads=1,
             head_size=TOKEN_BYTES,
             dtype="uint8",
-            packing="scripted",
+            packing="l|k=t.d",
         )
         namespace = Namespace(
             model=ucm.model_identity or "scripted",

@@ -47,14 +47,14 @@ def check_device() -> None:
 
 
 def packing(config: VllmConfig, *, dtype: torch.dtype, block_tokens: int, head_size: int) -> str:
-    """Return the tag of how vLLM's CPU kernels order values inside a page.
+    """Return how vLLM's CPU kernels order values in a page, as ``ucm_sdk.packing`` writes it.
 
-    A page holds, per head, K transposed as [head_size, tokens] and V as [tokens, head_size]; the
-    instruction set decides how both are tiled.
+    A page holds, per head, K transposed as [head_size, tokens] and V as [tokens, head_size].
+    Other instruction sets tile both in ways of their own, which have a name only.
     """
     from vllm.v1.attention.backends.cpu_attn import (
         _get_attn_isa,
     )
 
     kernel = _get_attn_isa(dtype, block_tokens, head_size, config.cache_config.cache_dtype)
-    return f"vllm-cpu/{kernel}"
+    return "l.h|k=d.t|v=t.d" if kernel in {"vec", "vec16"} else f"vllm-cpu/{kernel}"

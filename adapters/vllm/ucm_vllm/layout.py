@@ -3,10 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -17,7 +13,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAtte
 from ucm_sdk import KVLayout, KVStoreBase, Namespace, StoreContext, open_store
 from ucm_sdk.connector import KVMemory, UcmConfig
 from ucm_sdk.errors import ConfigError
-from ucm_sdk.model_identity import model_identity
+from ucm_sdk.model_identity import config_digest, find_model, model_identity, rope_parameters
 from ucm_vllm import compat
 from ucm_vllm.pool import SparseSpec
 
@@ -63,6 +59,9 @@ def make_layout(config: VllmConfig, kv_config: KVCacheConfig) -> KVLayout:
     """Return how this engine cuts and packs blocks; the same in all of its processes."""
     spec = check_supported(config, kv_config)
     layers = len(kv_config.kv_cache_groups[0].layer_names)
+    ranks = config.parallel_config.tensor_parallel_size
+    mla = isinstance(spec, MLAAttentionSpec)
+    heads = 1 if mla else config.model_config.get_total_num_kv_heads()
     packing = compat.packing(
         config,
         dtype=config.model_config.dtype,
@@ -76,45 +75,10 @@ def make_layout(config: VllmConfig, kv_config: KVCacheConfig) -> KVLayout:
         head_size=spec.head_size,
         dtype=dtype_name(spec.dtype),
         packing=packing,
-        shards=config.parallel_config.tensor_parallel_size,
+        shards=ranks,
+        # More ranks than heads hold some heads several times.
+        replicas=ranks * spec.num_kv_heads // heads,
     )
-
-
-def _model_directory(config: VllmConfig) -> Path:
-    model = config.model_config
-    if Path(model.model).is_dir():
-        return Path(model.model)
-    from huggingface_hub import try_to_load_from_cache
-
-    found = None
-    with contextlib.suppress(ValueError):  # a name that no hub knows
-        found = try_to_load_from_cache(model.model, "config.json", revision=model.revision)
-    if isinstance(found, str):
-        return Path(found).parent
-    msg = (
-        f"the files of model {model.model!r} are not in the local cache, so its content cannot be "
-        "identified; set `model_identity` to a name of your own that changes with the weights"
-    )
-    raise ConfigError(msg)
-
-
-def _rope(hf_config: Any) -> dict[str, Any]:
-    """Return the RoPE parameters in force, overrides included, in transformers' present form."""
-    names = ("rope_parameters", "rope_scaling")
-    rope = next((dict(value) for name in names if (value := getattr(hf_config, name, None))), {})
-    for name in ("rope_theta", "partial_rotary_factor"):
-        if (value := getattr(hf_config, name, None)) is not None:
-            rope.setdefault(name, value)
-    return rope
-
-
-def _config_digest(hf_config: Any) -> str:
-    """Return the digest of the configuration in force, without what says where it came from."""
-    values = hf_config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):
-        values.pop(name, None)
-    canonical = json.dumps(values, sort_keys=True, default=str)
-    return hashlib.blake2b(canonical.encode(), digest_size=32).hexdigest()
 
 
 def make_namespace(config: VllmConfig, kv_config: KVCacheConfig, ucm: UcmConfig) -> Namespace:
@@ -126,7 +90,7 @@ def make_namespace(config: VllmConfig, kv_config: KVCacheConfig, ucm: UcmConfig)
         extra["random_weights_seed"] = model.seed
     if model.hf_overrides or model.hf_config_path:
         # The config.json beside the weights is not what the engine computes by.
-        extra["config"] = _config_digest(model.hf_config)
+        extra["config"] = config_digest(model.hf_config.to_dict())
     if config.speculative_config is not None:
         # A draft model's layers may lie beside the model's.
         extra["speculative"] = [
@@ -134,12 +98,12 @@ def make_namespace(config: VllmConfig, kv_config: KVCacheConfig, ucm: UcmConfig)
             str(config.speculative_config.model),
         ]
     return Namespace(
-        model=ucm.model_identity or model_identity(_model_directory(config)),
+        model=ucm.model_identity or model_identity(find_model(model.model, model.revision)),
         compute_dtype=dtype_name(model.dtype),
         kv_dtype=dtype_name(spec.dtype),
         attention="mla" if isinstance(spec, MLAAttentionSpec) else "full",
         quantization=str(model.quantization or "none"),
-        rope=_rope(model.hf_text_config),
+        rope=rope_parameters(model.hf_text_config),
         extra=extra,
         salt=ucm.salt,
     )

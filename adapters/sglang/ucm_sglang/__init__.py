@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: MIT
+"""The adapter for SGLang, through SGLang's own extension points.
+
+``--enable-unified-cache-external-linker --unified-cache-external-linker-backend dynamic`` with
+``{"linker": "UcmLinker", "linker_module_path": "ucm_sglang", "linker_extra_config": {...}}`` moves
+KV between the store and the device's pages; the extra configuration is the same as every engine's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ucm_sglang.connector import UcmLinker
+
+__all__ = ["UcmLinker", "register"]
+
+
+def register() -> None:
+    """Have SGLang tell what it does with tokens; called by SGLang in each of its processes."""
+    from ucm_sglang import compat
+
+    compat.register_hooks()
+
+
+def __getattr__(name: str) -> object:
+    """Import a class when it is asked for, since that imports SGLang."""
+    if name == "UcmLinker":
+        from ucm_sglang.connector import UcmLinker
+
+        return UcmLinker
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: MIT
+"""From SGLang's configuration to the SDK's namespace, layout and memory."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+
+from ucm_sdk import KVLayout, KVStoreBase, Namespace, StoreContext, open_store
+from ucm_sdk.connector import KVMemory, UcmConfig
+from ucm_sdk.errors import ConfigError
+from ucm_sdk.model_identity import config_digest, find_model, model_identity, rope_parameters
+from ucm_sglang import compat
+
+MHA_PACKING = "l|k=t.h.d|v=t.h.d"
+MLA_PACKING = "l|k=t.d"
+
+
+def _refuse(what: str) -> NoReturn:
+    msg = f"{what}: start SGLang without ucm_sglang"
+    raise ConfigError(msg)
+
+
+def check_supported(server: Any, params: Any) -> Any:
+    """Return the KV pool of a model that this adapter serves; raises ``ConfigError`` for others."""
+    pool = params.token_to_kv_pool_allocator.get_kvcache()
+    compat.check_device(str(torch.device(pool.device).type))
+    if type(pool) not in {MHATokenToKVPool, MLATokenToKVPool}:
+        _refuse(f"ucm_sglang serves plain MHA and MLA pools, not {type(pool).__name__}")
+    if type(pool) is MHATokenToKVPool and pool.kv_cache_layout != "nhd":
+        _refuse(f"ucm_sglang serves the KV layout nhd, not {pool.kv_cache_layout}")
+    if getattr(pool, "use_dsa", False):
+        _refuse("ucm_sglang does not serve sparse latent attention (DSA) yet")
+    if pool.store_dtype != pool.dtype:
+        _refuse(f"ucm_sglang does not serve KV of {pool.dtype} kept as {pool.store_dtype}")
+    if getattr(params, "is_eagle", False):
+        _refuse("ucm_sglang does not serve EAGLE, whose cache is keyed by pairs of tokens")
+    for name in ("pp_size", "attn_cp_size"):
+        if getattr(params, name, 1) > 1:
+            _refuse(f"ucm_sglang does not serve {name}={getattr(params, name)} yet")
+    if getattr(server, "dp_size", 1) > 1 and getattr(server, "enable_dp_attention", False):
+        _refuse("ucm_sglang does not serve attention that is data parallel yet")
+    return pool
+
+
+def is_mla(pool: Any) -> bool:
+    """Whether every rank holds the same latent KV."""
+    return isinstance(pool, MLATokenToKVPool)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the element type's name without the library's, as every engine writes it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def make_layout(pool: Any, *, ranks: int, total_heads: int) -> KVLayout:
+    """Return how SGLang cuts and packs a page of its pool: keys and values lie apart."""
+    width = pool.dtype.itemsize
+    if is_mla(pool):
+        return KVLayout(
+            block_tokens=pool.page_size,
+            piece_bytes=(pool.page_size * pool.kv_cache_dim * width,) * pool.layer_num,
+            kv_heads=1,
+            head_size=pool.kv_cache_dim,
+            dtype=dtype_name(pool.dtype),
+            packing=MLA_PACKING,
+        )
+    row = pool.page_size * pool.head_num * width
+    return KVLayout(
+        block_tokens=pool.page_size,
+        piece_bytes=(row * pool.head_dim, row * pool.v_head_dim) * pool.layer_num,
+        kv_heads=pool.head_num,
+        head_size=pool.head_dim,
+        dtype=dtype_name(pool.dtype),
+        packing=MHA_PACKING,
+        shards=ranks,
+        replicas=ranks * pool.head_num // total_heads,
+        value_size=pool.v_head_dim if pool.v_head_dim != pool.head_dim else None,
+    )
+
+
+def model_of(server: Any) -> ModelConfig:
+    """Return SGLang's own view of the model."""
+    return ModelConfig.from_server_args(server)
+
+
+def make_namespace(server: Any, model: ModelConfig, pool: Any, ucm: UcmConfig) -> Namespace:
+    """Return the identity of what this engine computes; the same in all of its processes."""
+    extra: dict[str, Any] = {}
+    if server.load_format == "dummy":
+        extra["random_weights_seed"] = server.random_seed
+    if json.loads(server.json_model_override_args or "{}"):
+        # The config.json beside the weights is not what the engine computes by.
+        extra["config"] = config_digest(model.hf_config.to_dict())
+    if server.speculative_algorithm is not None:
+        extra["speculative"] = [
+            str(server.speculative_algorithm),
+            str(server.speculative_draft_model_path),
+        ]
+    return Namespace(
+        model=ucm.model_identity or model_identity(find_model(server.model_path, server.revision)),
+        compute_dtype=dtype_name(model.dtype),
+        kv_dtype=dtype_name(pool.dtype),
+        attention="mla" if is_mla(pool) else "full",
+        quantization=str(model.quantization or "none"),
+        rope=rope_parameters(model.hf_text_config),
+        extra=extra,
+        salt=ucm.salt,
+    )
+
+
+def open_shared_store(ucm: UcmConfig, context: StoreContext) -> KVStoreBase:
+    """Open the store; raises ``ConfigError`` for one that several ranks could not share."""
+    store = open_store(ucm.store, context)
+    if context.layout.shards > 1 and not store.capabilities.shared:
+        store.close()
+        msg = (
+            f"store.kind={ucm.store['kind']!r} lives in one process, and SGLang's ranks are "
+            "several: use a store that they can share, such as 'file'"
+        )
+        raise ConfigError(msg)
+    return store
+
+
+def make_memory(pool: Any) -> KVMemory:
+    """Return where the pool's pages lie, in the layout's order of pieces."""
+    if is_mla(pool):
+        buffers = list(pool.kv_buffer)
+    else:
+        pairs = zip(pool.k_buffer, pool.v_buffer, strict=True)
+        buffers = [one for pair in pairs for one in pair]
+    for one in buffers:
+        if not one[0].is_contiguous():
+            _refuse(f"a KV buffer has shape {tuple(one.shape)} and strides {one.stride()}")
+    rows = [one.stride(0) * one.element_size() * pool.page_size for one in buffers]
+    return KVMemory(
+        np.array([one.data_ptr() for one in buffers], np.uint64),
+        np.array(rows, np.uint64),
+        owners=buffers,
+        pieces_per_layer=1 if is_mla(pool) else 2,
+    )

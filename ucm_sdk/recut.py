@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: MIT
+"""Blocks of one geometry from blocks of another: other block size, ranks, order of values.
+
+No value changes: each is copied once, in C, from where the source's packing has it to where the
+target's wants it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from ucm_sdk._native.recutting import AXIS, PART, recut
+from ucm_sdk.errors import ArgumentError
+from ucm_sdk.packing import Plane, planes
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ucm_sdk.layout import KVLayout
+
+_THREADS: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Runs of tokens that lie in one block of either side; all of ``tokens`` tokens.
+
+    The arrays have shape ``[chunks]``; block numbers count from the block that holds the first
+    token.
+    """
+
+    tokens: int
+    source_blocks: NDArray[np.int64]
+    source_tokens: NDArray[np.int64]
+    """First token of the chunk in its source block."""
+    target_blocks: NDArray[np.int64]
+    target_tokens: NDArray[np.int64]
+
+    def of_sources(self, blocks: NDArray[np.int64]) -> Chunks:
+        """Return those that come from some source blocks."""
+        kept = np.isin(self.source_blocks, blocks)
+        return Chunks(
+            self.tokens,
+            self.source_blocks[kept],
+            self.source_tokens[kept],
+            self.target_blocks[kept],
+            self.target_tokens[kept],
+        )
+
+
+def chunks(source_size: int, target_size: int, first_token: int, end_token: int) -> Chunks:
+    """Return how tokens from ``first_token`` to ``end_token`` of a request map between blocks.
+
+    Sizes in tokens; both ends must be multiples of the greatest common divisor of the sizes.
+    """
+    step = math.gcd(source_size, target_size)
+    if first_token % step or end_token % step:
+        msg = f"tokens {first_token} to {end_token} are not multiples of {step}"
+        raise ArgumentError(msg)
+    starts = np.arange(first_token, end_token, step, dtype=np.int64)
+    source_blocks, source_tokens = np.divmod(starts, source_size)
+    target_blocks, target_tokens = np.divmod(starts, target_size)
+    return Chunks(
+        step,
+        source_blocks - first_token // source_size,
+        source_tokens,
+        target_blocks - first_token // target_size,
+        target_tokens,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Component:
+    source: Plane
+    target: Plane
+    pieces: NDArray[np.int64]
+    """The target's piece that holds each layer, shape ``[layers]``."""
+    inside: NDArray[np.int64]
+    """Where the layer begins in it, in bytes, shape ``[layers]``."""
+
+
+class Recut:
+    """The way from one geometry to another."""
+
+    def __init__(self, source: KVLayout, target: KVLayout) -> None:
+        """Plan it; raises ``ArgumentError`` with the reason when the two do not hold the same."""
+        self.source, self.target = source, target
+        from_planes, to_planes = planes(source), planes(target)
+        have, want = _content(source, from_planes), _content(target, to_planes)
+        for name, value in want.items():
+            if have[name] != value:
+                msg = f"a block with {name}={have[name]} cannot become one with {name}={value}"
+                raise ArgumentError(msg)
+        self._components = [
+            self._component(from_planes[name], plane) for name, plane in to_planes.items()
+        ]
+
+    def _component(self, source: Plane, plane: Plane) -> _Component:
+        layers = np.arange(plane.counts["l"], dtype=np.int64)
+        starts = plane.offset + layers * plane.strides["l"]
+        offsets = self.target.piece_offsets.astype(np.int64)
+        pieces = np.searchsorted(offsets, starts, side="right") - 1
+        inside = starts - offsets[pieces]
+        if np.any(inside + plane.cell_bytes > np.asarray(self.target.piece_bytes)[pieces]):
+            msg = f"packing {self.target.packing!r}: a layer does not lie in one piece"
+            raise ArgumentError(msg)
+        return _Component(source, plane, pieces, inside)
+
+    def source_shards(self, target_shard: int) -> list[int]:
+        """Return the source's shards that a shard of the target is made of."""
+        wanted = self.target.heads(target_shard)
+        shards = range(0, self.source.shards, self.source.replicas)
+        return [shard for shard in shards if _overlap(self.source.heads(shard), wanted)]
+
+    def copy(
+        self,
+        cut: Chunks,
+        *,
+        source_shard: int,
+        target_shard: int,
+        sources: NDArray[np.uint64],
+        targets: NDArray[np.uint64],
+        threads: int = _THREADS,
+    ) -> None:
+        """Copy the heads that both shards hold.
+
+        ``sources`` are the addresses of whole payloads, shape ``[source blocks]``; ``targets``
+        those of pieces, shape ``[target blocks, pieces]``.  The memory is the caller's.
+        """
+        common = _overlap(self.source.heads(source_shard), self.target.heads(target_shard))
+        from_head = common.start - self.source.heads(source_shard).start
+        to_head = common.start - self.target.heads(target_shard).start
+        begins = sources[cut.source_blocks].astype(np.int64)
+        pages = targets[cut.target_blocks].astype(np.int64)
+        for one in self._components:
+            layers = np.arange(len(one.pieces)) * one.source.strides["l"]
+            first = one.source.offset + from_head * one.source.strides["h"]
+            rows = begins + first + cut.source_tokens * one.source.strides["t"]
+            place = one.inside + to_head * one.target.strides["h"]
+            parts = np.empty((len(begins), len(layers)), PART)
+            parts["from"] = rows[:, None] + layers[None, :]
+            parts["to"] = pages[:, one.pieces] + place[None, :]
+            parts["to"] += (cut.target_tokens * one.target.strides["t"])[:, None].astype(np.uint64)
+            counts = {"t": cut.tokens, "h": len(common), "d": one.target.counts["d"]}
+            axes = np.array(
+                [
+                    (count, one.source.strides[axis], one.target.strides[axis])
+                    for axis, count in counts.items()
+                ],
+                AXIS,
+            )
+            recut(parts.reshape(-1), axes, one.target.element_bytes, threads)
+
+
+def _content(layout: KVLayout, found: dict[str, Plane]) -> dict[str, object]:
+    first = next(iter(found.values()))
+    return {
+        "dtype": layout.dtype,
+        "layers": first.counts["l"],
+        "heads": layout.total_heads,
+        "components": {name: plane.counts["d"] for name, plane in sorted(found.items())},
+    }
+
+
+def _overlap(one: range, other: range) -> range:
+    return range(max(one.start, other.start), min(one.stop, other.stop))
