@@ -5,6 +5,7 @@ export UCM_CACHE_DIR
 PYTHON ?= python3.11
 TOX := $(UCM_CACHE_DIR)/venvs/tox/bin/tox
 DEMO := $(UCM_CACHE_DIR)/venvs/demo
+DEMO_SGLANG := $(UCM_CACHE_DIR)/venvs/demo-sglang
 SDK := $(UCM_CACHE_DIR)/venvs/sdk
 LOOPS ?= 100
 SECONDS ?= 60
@@ -12,11 +13,12 @@ DAMAGES ?= 10000
 MODEL := $(UCM_CACHE_DIR)/models/SmolLM2-135M-Instruct
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help test demo bench-store eval-sparse crash capacity damage clean install-demo install-sdk
+.PHONY: help test demo demo-cross bench-store eval-sparse crash capacity damage clean install-demo install-demo-sglang install-sdk
 
 help:
 	@echo "make test   lint, types, C tests, unit, conformance, documentation and real-engine tests"
 	@echo "make demo   serve a model with vLLM, restart it, see the KV come back from the store"
+	@echo "make demo-cross  vLLM prefills and SGLang answers from its KV, and the other way round"
 	@echo "make bench-store  the file store beside the machine's limits and other stores"
 	@echo "make eval-sparse  what each sparse attention method costs in quality, in short"
 	@echo "make crash LOOPS=1000  kill writers and a reader again and again, and check what is there"
@@ -36,6 +38,17 @@ install-demo: $(DEMO)/bin/python
 demo: install-demo
 	$(DEMO)/bin/python tools/make_model.py $(MODEL)
 	PYTHONSAFEPATH=1 $(DEMO)/bin/python examples/demo_prefix_cache.py $(MODEL)
+
+install-demo-sglang: $(DEMO_SGLANG)/bin/python
+	@echo "installing SGLang and ucm-sdk into $(DEMO_SGLANG)"
+	$(DEMO_SGLANG)/bin/python tools/install_sglang.py
+	$(DEMO_SGLANG)/bin/python -m pip install -q --force-reinstall --no-deps ".[sglang]"
+	$(DEMO_SGLANG)/bin/python -m pip install -q ".[sglang]"
+
+demo-cross: install-demo install-demo-sglang
+	$(DEMO)/bin/python tools/make_model.py $(MODEL)
+	PYTHONSAFEPATH=1 $(DEMO)/bin/python examples/demo_cross.py $(MODEL) \
+	  $(DEMO)/bin/python $(DEMO_SGLANG)/bin/python
 
 bench-store: install-demo
 	$(DEMO)/bin/python -m pip install -q --no-deps lmcache==0.5.6
@@ -70,6 +83,9 @@ $(TOX):
 
 $(DEMO)/bin/python:
 	$(PYTHON) -m venv $(DEMO)
+
+$(DEMO_SGLANG)/bin/python:
+	$(PYTHON) -m venv $(DEMO_SGLANG)
 
 clean:
 	rm -rf build dist

@@ -87,16 +87,23 @@ def find_model(name: str, revision: str | None = None) -> Path:
 
 
 def rope_parameters(config: object) -> dict[str, Any]:
-    """Return the RoPE parameters in force, overrides included, in transformers' present form.
+    """Return the RoPE parameters in force, overrides included, the same in every engine.
 
-    ``config`` is a model's configuration as transformers gives it to an engine.
+    ``config`` is a model's configuration as transformers gives it to an engine, and as the engine
+    has left it: some write an older name beside the present one, or whole numbers as such.
     """
     names = ("rope_parameters", "rope_scaling")
     rope = next((dict(value) for name in names if (value := getattr(config, name, None))), {})
     for name in ("rope_theta", "partial_rotary_factor"):
         if (value := getattr(config, name, None)) is not None:
             rope.setdefault(name, value)
-    return rope
+    older = rope.pop("type", None)
+    rope.setdefault("rope_type", older or "default")
+    return {
+        name: float(value) if type(value) is int else value
+        for name, value in rope.items()
+        if value is not None
+    }
 
 
 def config_digest(values: Mapping[str, Any]) -> str:

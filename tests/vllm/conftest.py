@@ -2,13 +2,8 @@
 from __future__ import annotations
 
 import atexit
-import itertools
-import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +11,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-JOB = ROOT / "tests" / "support" / "vllm_job.py"
-CACHE = Path(os.environ.get("UCM_CACHE_DIR") or Path.home() / ".cache" / "ucm-sdk")
+from jobs import Jobs, make_model
 
 # What engines outside of the tests have learnt of this machine stays out.
 LEARNT = tempfile.mkdtemp(prefix="ucm-test-cache-")
@@ -36,10 +29,8 @@ os.environ.update(
 
 @pytest.fixture(scope="session")
 def model_path() -> Path:
-    """Return the directory of the real small model; made once a machine."""
-    path = CACHE / "models" / "SmolLM2-135M-Instruct"
-    subprocess.run([sys.executable, str(ROOT / "tools" / "make_model.py"), str(path)], check=True)
-    return path
+    """Return the directory of the real small model."""
+    return make_model()
 
 
 @pytest.fixture(scope="session")
@@ -47,8 +38,7 @@ def job(
     model_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., dict[str, Any]]:
     """Return a function that runs one engine process over batches of prompts."""
-    folder = tmp_path_factory.mktemp("jobs")
-    numbers = itertools.count()
+    jobs = Jobs("vllm_job.py", tmp_path_factory.mktemp("jobs"))
 
     def run(
         config: dict[str, Any] | None,
@@ -59,35 +49,14 @@ def job(
         transfer: dict[str, Any] | None = None,
         **engine: Any,
     ) -> dict[str, Any]:
-        number = next(numbers)
-        description, result = folder / f"{number}.json", folder / f"{number}.result.json"
         content = {
             "model": str(model_path),
             "engine": engine,
             "config": config,
             "role": role,
             "transfer": transfer or {},
+            "batches": batches,
         }
-        description.write_text(json.dumps({**content, "batches": batches}))
-        command = [sys.executable, str(JOB), str(description), str(result)]
-        log = folder / f"{number}.log"
-        with log.open("w") as errors:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-            assert process.stdout is not None
-            done = 0
-            for line in process.stdout:
-                done += line.strip() == "batch"
-                if done == kill_after:
-                    process.send_signal(signal.SIGKILL)
-                    break
-            process.wait(800)
-            process.stdout.close()
-        if kill_after is not None:
-            return {}
-        if fails:
-            assert process.returncode != 0
-            return {"log": log.read_text()}
-        assert process.returncode == 0, log.read_text()[-3000:]
-        return {**json.loads(result.read_text()), "log": log.read_text()}
+        return jobs.run(content, kill_after=kill_after, fails=fails)
 
     return run

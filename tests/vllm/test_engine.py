@@ -9,13 +9,14 @@ import random
 import secrets
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from jobs import side_by_side
 
 BLOCK = 32
 # Shorter than a block, on a boundary and beside it, several blocks, several prefill chunks.
@@ -138,12 +139,6 @@ def test_several_samples_of_a_prompt(
     assert cached(result["batches"][1]) == hits(prompts[SOME])
 
 
-def side_by_side(calls: Iterable[Callable[[], dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Run jobs two at a time: most of a short job is start-up on one processor."""
-    with ThreadPoolExecutor(2) as pool:
-        return [future.result() for future in [pool.submit(call) for call in calls]]
-
-
 def test_the_store_of_another_setting_hits_nothing(
     job: Job, filled: tuple[Path, dict[str, Any]], prompts: list[list[int]]
 ) -> None:
@@ -152,7 +147,6 @@ def test_the_store_of_another_setting_hits_nothing(
     settings: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "model": ({"model_identity": "another model"}, {}),
         "dtype": ({}, {"dtype": "bfloat16"}),
-        "layout": ({}, {"block_size": 64}),
         "rope": ({}, {"hf_overrides": other_rope}),
     }
     batch = {"prompts": prompts[10:13], "max_tokens": 2}
@@ -163,6 +157,29 @@ def test_the_store_of_another_setting_hits_nothing(
     for name, result in zip(settings, results, strict=True):
         assert cached(result["batches"][0]) == [0, 0, 0], name
         assert result["metrics"]["ucm_requests_total|miss"] == 3, name
+
+
+def test_blocks_of_another_size_are_converted(
+    job: Job,
+    expected: list[list[list[int]]],
+    filled: tuple[Path, dict[str, Any]],
+    prompts: list[list[int]],
+    tmp_path: Path,
+) -> None:
+    directory = tmp_path / "kv"
+    shutil.copytree(filled[0], directory)
+    some = {"prompts": prompts[10:20], "max_tokens": NEW}
+    wide = job(file_store(directory), some, block_size=128)
+    assert tokens(wide["batches"][0]) == expected[10:20]
+    found = cached(wide["batches"][0])
+    assert found == [
+        min(hit // 128, (len(p) - 1) // 128) * 128
+        for hit, p in zip(hits(prompts[10:20]), prompts[10:20], strict=True)
+    ]
+    assert wide["metrics"]["ucm_converted_tokens_total"] == sum(found) > 0
+    own = {"connector": {"other_layouts": False}}
+    alone = job(file_store(filled[0], **own), some, block_size=16)
+    assert not any(cached(alone["batches"][0]))
 
 
 # More than one medium, and slow ones.
@@ -318,3 +335,8 @@ def test_tensor_parallel_ranks_share_a_directory(
         assert cached(result["batches"][run]) == (hits(prompts[two]) if run else [0, 0])
     shards = {path.name.split("-")[0] for path in tmp_path.rglob("*.seg")}
     assert shards == {"0", "1", "2"}
+    # One rank reads what three wrote.
+    alone = job(file_store(tmp_path), batch)
+    assert tokens(alone["batches"][0]) == expected[two]
+    assert cached(alone["batches"][0]) == hits(prompts[two])
+    assert alone["metrics"]["ucm_converted_tokens_total"] == sum(hits(prompts[two]))

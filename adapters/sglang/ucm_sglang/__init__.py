@@ -4,6 +4,8 @@
 ``--enable-unified-cache-external-linker --unified-cache-external-linker-backend dynamic`` with
 ``{"linker": "UcmLinker", "linker_module_path": "ucm_sglang", "linker_extra_config": {...}}`` moves
 KV between the store and the device's pages; the extra configuration is the same as every engine's.
+``--hicache-storage-backend dynamic`` with ``UcmHiCacheStorage`` of this module puts the store
+behind SGLang's pool in the host's memory instead.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ucm_sglang.connector import UcmLinker
+    from ucm_sglang.pool import UcmHiCacheStorage
 
-__all__ = ["UcmLinker", "register"]
+__all__ = ["UcmHiCacheStorage", "UcmLinker", "register"]
 
 
 def register() -> None:
@@ -25,6 +28,10 @@ def register() -> None:
 
 def __getattr__(name: str) -> object:
     """Import a class when it is asked for, since that imports SGLang."""
+    if name == "UcmHiCacheStorage":
+        from ucm_sglang.pool import UcmHiCacheStorage
+
+        return UcmHiCacheStorage
     if name == "UcmLinker":
         from ucm_sglang.connector import UcmLinker
 

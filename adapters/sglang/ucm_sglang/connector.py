@@ -97,7 +97,7 @@ class UcmLinker(UnifiedCacheLinker):
             device=str(pool.device),
         )
         store = layout.open_shared_store(ucm, context)
-        self._worker = SglangWorker(store, ucm.connector, pool)
+        self._worker = SglangWorker(store, ucm.connector, layout.make_memory(pool))
         self._metrics = PromMetrics(recorder, rank=rank)
         self.layer_done_counter = _Layers(self._worker)
         self.pools = {PoolName.KV: pool}
@@ -139,9 +139,9 @@ class UcmLinker(UnifiedCacheLinker):
             self._queued[rid] = pages
             return True
         self._scheduler.plan_load(rid, pages)
-        loaded = self._worker.load(self._scheduler.plan_step())
+        failed = self._worker.load(self._scheduler.plan_step())
         self._scheduler.update(self._worker.take_report())
-        return self._on_all_ranks(loaded)
+        return self._on_all_ranks(not failed)
 
     def _on_all_ranks(self, landed: bool) -> bool:  # noqa: FBT001 - it is the value
         if self._group is None or torch.distributed.get_world_size(group=self._group) == 1:

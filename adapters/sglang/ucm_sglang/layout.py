@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
+from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
 
 from ucm_sdk import KVLayout, KVStoreBase, Namespace, StoreContext, open_store
 from ucm_sdk.connector import KVMemory, UcmConfig
@@ -17,8 +19,14 @@ from ucm_sdk.errors import ConfigError
 from ucm_sdk.model_identity import config_digest, find_model, model_identity, rope_parameters
 from ucm_sglang import compat
 
-MHA_PACKING = "l|k=t.h.d|v=t.h.d"
-MLA_PACKING = "l|k=t.d"
+_MHA, _MLA = "l|k=t.h.d|v=t.h.d", "l|k=t.d"
+_HOST_PACKING = {
+    # In these two a layer of a page is one region, as it is in the device's pool.
+    "layer_first": (_MHA, _MLA),
+    "page_first_direct": (_MHA, _MLA),
+    "page_first": ("|k=t.l.h.d|v=t.l.h.d", "|k=t.l.d"),
+    "page_head": ("|k=h.t.l.d|v=h.t.l.d", None),
+}
 
 
 def _refuse(what: str) -> NoReturn:
@@ -50,7 +58,7 @@ def check_supported(server: Any, params: Any) -> Any:
 
 def is_mla(pool: Any) -> bool:
     """Whether every rank holds the same latent KV."""
-    return isinstance(pool, MLATokenToKVPool)
+    return isinstance(pool, MLATokenToKVPool | MLATokenToKVPoolHost)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -59,25 +67,32 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def make_layout(pool: Any, *, ranks: int, total_heads: int) -> KVLayout:
-    """Return how SGLang cuts and packs a page of its pool: keys and values lie apart."""
-    width = pool.dtype.itemsize
+    """Return how SGLang cuts and packs a page of a pool, the device's or the host's.
+
+    Keys and values lie apart.  Where the layers of a page lie apart too, each is a piece.
+    """
+    mha, mla = _HOST_PACKING[getattr(pool, "layout", "layer_first")]
+    packing = mla if is_mla(pool) else mha
+    by_layer = packing in {_MHA, _MLA}
+    row = pool.page_size * pool.dtype.itemsize * (1 if by_layer else pool.layer_num)
+    pieces = pool.layer_num if by_layer else 1
     if is_mla(pool):
         return KVLayout(
             block_tokens=pool.page_size,
-            piece_bytes=(pool.page_size * pool.kv_cache_dim * width,) * pool.layer_num,
+            piece_bytes=(row * pool.kv_cache_dim,) * pieces,
             kv_heads=1,
             head_size=pool.kv_cache_dim,
             dtype=dtype_name(pool.dtype),
-            packing=MLA_PACKING,
+            packing=str(packing),
         )
-    row = pool.page_size * pool.head_num * width
+    row *= pool.head_num
     return KVLayout(
         block_tokens=pool.page_size,
-        piece_bytes=(row * pool.head_dim, row * pool.v_head_dim) * pool.layer_num,
+        piece_bytes=(row * pool.head_dim, row * pool.v_head_dim) * pieces,
         kv_heads=pool.head_num,
         head_size=pool.head_dim,
         dtype=dtype_name(pool.dtype),
-        packing=MHA_PACKING,
+        packing=str(packing),
         shards=ranks,
         replicas=ranks * pool.head_num // total_heads,
         value_size=pool.v_head_dim if pool.v_head_dim != pool.head_dim else None,
@@ -87,6 +102,16 @@ def make_layout(pool: Any, *, ranks: int, total_heads: int) -> KVLayout:
 def model_of(server: Any) -> ModelConfig:
     """Return SGLang's own view of the model."""
     return ModelConfig.from_server_args(server)
+
+
+def check_host_pool(pool: Any) -> None:
+    """Refuse a host pool that this adapter does not serve."""
+    if type(pool) not in {MHATokenToKVPoolHost, MLATokenToKVPoolHost}:
+        _refuse(f"ucm_sglang serves plain MHA and MLA host pools, not {type(pool).__name__}")
+    mha, mla = _HOST_PACKING.get(pool.layout, (None, None))
+    if (mla if is_mla(pool) else mha) is None:
+        known = ", ".join(_HOST_PACKING)
+        _refuse(f"--hicache-mem-layout {pool.layout}: ucm_sglang serves {known}")
 
 
 def make_namespace(server: Any, model: ModelConfig, pool: Any, ucm: UcmConfig) -> Namespace:
@@ -128,7 +153,7 @@ def open_shared_store(ucm: UcmConfig, context: StoreContext) -> KVStoreBase:
 
 
 def make_memory(pool: Any) -> KVMemory:
-    """Return where the pool's pages lie, in the layout's order of pieces."""
+    """Return where the device pool's pages lie, in the layout's order of pieces."""
     if is_mla(pool):
         buffers = list(pool.kv_buffer)
     else:
@@ -143,4 +168,29 @@ def make_memory(pool: Any) -> KVMemory:
         np.array(rows, np.uint64),
         owners=buffers,
         pieces_per_layer=1 if is_mla(pool) else 2,
+    )
+
+
+def make_host_memory(pool: Any, layout: KVLayout) -> KVMemory:
+    """Return where the host pool's pages lie, in the layout's order of pieces."""
+    buffers = [pool.kv_buffer] if is_mla(pool) else [pool.k_buffer, pool.v_buffer]
+    for one in buffers:
+        if not one.is_contiguous():
+            _refuse(f"a host KV buffer has shape {tuple(one.shape)} and strides {one.stride()}")
+    count = len(buffers)
+    pieces = len(layout.piece_bytes) // count
+    bases, strides = [], []
+    for index, size in enumerate(layout.piece_bytes):
+        piece, buffer = index // count, buffers[index % count]
+        if pool.layout == "layer_first":
+            step, stride = size * pool.page_num, size
+        else:
+            step, stride = size, size * pieces
+        bases.append(buffer.data_ptr() + piece * step)
+        strides.append(stride)
+    return KVMemory(
+        np.array(bases, np.uint64),
+        np.array(strides, np.uint64),
+        owners=buffers,
+        pieces_per_layer=count if pieces == pool.layer_num else len(layout.piece_bytes),
     )

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -22,8 +24,19 @@ if TYPE_CHECKING:
 
 _REQUESTS: Final = 4096
 """Requests that are remembered; SGLang does not say when one ends."""
-_PAGES: Final = 65536
+PAGES: Final = 65536
 """Pages whose names are remembered; what is forgotten is computed again from its tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page of some request."""
+
+    id: bytes
+    index: int
+    tokens: NDArray[np.int64]
+    """All of the request's tokens, from its first."""
+    request_extra: bytes
 
 
 class PageNames:
@@ -38,7 +51,8 @@ class PageNames:
         self._namespace = namespace
         self._page = page
         self._vocabulary = vocabulary
-        self._ids: OrderedDict[str, bytes] = OrderedDict()
+        self._pages: OrderedDict[str, Page] = OrderedDict()
+        self._lock = threading.Lock()
         self.key: Any = None
         """The ``RadixKey`` that SGLang matches or inserts now."""
 
@@ -64,24 +78,32 @@ class PageNames:
         return not len(tokens) or (tokens.min() >= 0 and tokens.max() < self._vocabulary)
 
     def ids(self, hashes: Sequence[str]) -> list[bytes] | None:
-        """Return the pages' ids, None when the present key does not explain them."""
-        if not self.served:
-            return None
-        if any(name not in self._ids for name in hashes):
-            self._compute()
-        if any(name not in self._ids for name in hashes):
-            return None
-        return [self._ids[name] for name in hashes]
+        """Return the pages' ids, None when no key that was seen explains them."""
+        if any(name not in self._pages for name in hashes):
+            self.compute()
+        with self._lock:
+            pages = [self._pages.get(name) for name in hashes]
+        return None if None in pages else [page.id for page in pages if page is not None]
 
-    def _compute(self) -> None:
+    def source(self, name: str) -> Page | None:
+        """Return what a page was computed from."""
+        with self._lock:
+            return self._pages.get(name)
+
+    def compute(self) -> None:
+        """Name the full pages of the present key."""
+        if not self.served:
+            return
         names = compat.page_hashes(self.key, self._page)
-        chain = BlockChain(self._namespace, self._page, request_extra=self.request_extra)
-        chain.extend(self.tokens[: len(names) * self._page])  # type: ignore[arg-type]
-        for name, id in zip(names, chain.ids, strict=True):
-            self._ids[name] = id
-            self._ids.move_to_end(name)
-        while len(self._ids) > max(_PAGES, len(names)):
-            self._ids.popitem(last=False)
+        tokens, extra = self.tokens, self.request_extra
+        chain = BlockChain(self._namespace, self._page, request_extra=extra)
+        chain.extend(tokens[: len(names) * self._page])  # type: ignore[arg-type]
+        with self._lock:
+            for index, (name, id) in enumerate(zip(names, chain.ids, strict=True)):
+                self._pages[name] = Page(id, index, tokens, extra)
+                self._pages.move_to_end(name)
+            while len(self._pages) > max(PAGES, len(names)):
+                self._pages.popitem(last=False)
 
 
 class SglangScheduler:

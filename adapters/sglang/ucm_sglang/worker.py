@@ -7,35 +7,32 @@ import time
 from typing import TYPE_CHECKING
 
 from ucm_sdk.connector import StepPlan, WorkerReport, WorkerSide
-from ucm_sglang.layout import make_memory
 
 if TYPE_CHECKING:
-    from typing import Any
-
-    from ucm_sdk.connector import ConnectorOptions, SavePlan
+    from ucm_sdk.connector import ConnectorOptions, KVMemory, SavePlan
     from ucm_sdk.store import KVStoreBase
 
 
 class SglangWorker:
     """Moves pages between a store and the pool of one rank."""
 
-    def __init__(self, store: KVStoreBase, options: ConnectorOptions, pool: Any) -> None:
-        """Transfer between ``store`` and ``pool``."""
-        self._side = WorkerSide(store, options, make_memory(pool))
+    def __init__(self, store: KVStoreBase, options: ConnectorOptions, memory: KVMemory) -> None:
+        """Transfer between ``store`` and ``memory``."""
+        self._side = WorkerSide(store, options, memory)
         self._reuse_s = options.save_timeout_s
         self._ended: dict[int, bool] = {}
         self._report = WorkerReport()
         self._failed: set[int] = set()
         self._loaded: set[str] = set()
 
-    def load(self, plan: StepPlan) -> bool:
-        """Load all of a step's blocks and wait; returns whether all of them are there."""
+    def load(self, plan: StepPlan) -> set[int]:
+        """Load all of a step's blocks and wait; returns the pages that are not there."""
+        self._loaded, self._failed = set(), set()
         self.start(plan)
         waited = {load.request for load in plan.loads}
-        self._loaded, self._failed = set(), set()
         while not waited <= self._loaded:
             self.poll(idle=True)
-        return not self._failed
+        return self._failed
 
     def start(self, plan: StepPlan) -> None:
         """Start a step's loads, which its layers wait for where loading is layer-wise."""
