@@ -2,5 +2,6 @@
 #include "ucm/segments.h"
 #include "ucm/crc32c.h"
 #include "ucm/pool.h"
+#include "ucm/recut.h"
 #include "ucm/score.h"
 #include "ucm/status.h"

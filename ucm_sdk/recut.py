@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ucm_sdk.layout import KVLayout
 
-_THREADS: Final = 2
+_THREADS: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,16 +135,18 @@ class Recut:
         from_head = common.start - self.source.heads(source_shard).start
         to_head = common.start - self.target.heads(target_shard).start
         begins = sources[cut.source_blocks].astype(np.int64)
+        by_source = self.source.block_tokens > self.target.block_tokens
+        larger = cut.source_blocks if by_source else cut.target_blocks
         pages = targets[cut.target_blocks].astype(np.int64)
         for one in self._components:
             layers = np.arange(len(one.pieces)) * one.source.strides["l"]
             first = one.source.offset + from_head * one.source.strides["h"]
             rows = begins + first + cut.source_tokens * one.source.strides["t"]
             place = one.inside + to_head * one.target.strides["h"]
+            row_places = cut.target_tokens * one.target.strides["t"]
             parts = np.empty((len(begins), len(layers)), PART)
             parts["from"] = rows[:, None] + layers[None, :]
-            parts["to"] = pages[:, one.pieces] + place[None, :]
-            parts["to"] += (cut.target_tokens * one.target.strides["t"])[:, None].astype(np.uint64)
+            parts["to"] = pages[:, one.pieces] + place[None, :] + row_places[:, None]
             counts = {"t": cut.tokens, "h": len(common), "d": one.target.counts["d"]}
             axes = np.array(
                 [
@@ -153,7 +155,24 @@ class Recut:
                 ],
                 AXIS,
             )
-            recut(parts.reshape(-1), axes, one.target.element_bytes, threads)
+            recut(_in_order(parts, larger), axes, one.target.element_bytes, threads)
+
+
+def _in_order(parts: NDArray[np.void], larger: NDArray[np.int64]) -> NDArray[np.void]:
+    """Return parts of shape ``[chunks, layers]`` as a row, a layer of a larger block together.
+
+    ``larger`` says in which of the larger blocks each chunk lies.  What lies in the same lines of
+    memory is then read and written at once.
+    """
+    layers = parts.shape[1]
+    _, counts = np.unique(larger, return_counts=True)
+    together = int(counts[0]) if len(counts) else 1
+    if together == 1 or layers == 1:
+        return parts.reshape(-1)
+    if (counts == together).all():
+        return parts.reshape(-1, together, layers).swapaxes(1, 2).reshape(-1)
+    keys = larger[:, None] * layers + np.arange(layers)
+    return parts.reshape(-1)[np.argsort(keys.reshape(-1), kind="stable")]
 
 
 def _content(layout: KVLayout, found: dict[str, Plane]) -> dict[str, object]:

@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 
-from jobs import Jobs, side_by_side
+from jobs import NEW, Jobs, file_store, side_by_side
 
-BLOCK, PAGE, NEW = 32, 16, 4
-LENGTHS = (64, 257, 513)
+BLOCK, PAGE = 32, 16
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -65,35 +64,35 @@ def difference(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> float:
 def test_each_engine_reads_what_the_other_wrote(
     job: Callable[..., dict[str, Any]],
     vllm_job: Callable[..., dict[str, Any]],
+    runs: tuple[Path, Any, dict[str, Any]],
+    prompts: list[list[int]],
     tmp_path: Path,
 ) -> None:
-    # Numbers in a row: whatever the text, the KV must be the same.
-    prompts = [
-        [100 + (37 * start + i) % 40_000 for i in range(n)] for start, n in enumerate(LENGTHS)
-    ]
     batch = {"prompts": prompts, "max_tokens": NEW}
-    configs = []
-    for name in ("vllm", "sglang"):
-        (tmp_path / name).mkdir()
-        store = {"kind": "file", "directory": str(tmp_path / name)}
-        configs.append({"store": store, "connector": {"load_when": "always"}})
-    by_vllm, by_sglang = configs
-    own = side_by_side([partial(vllm_job, by_vllm, batch), partial(job, by_sglang, batch)])
+    by_vllm, by_sglang = file_store(tmp_path), file_store(runs[0])
+    sglang = runs[1]
+    vllm = vllm_job(by_vllm, batch)["batches"][0]
     # One namespace in both directories: the same model is the same, whichever engine serves it.
     namespaces = [
-        {path.name for path in (tmp_path / name).iterdir() if path.is_dir()}
-        for name in ("vllm", "sglang")
+        {path.name for path in directory.iterdir() if path.is_dir()}
+        for directory in (tmp_path, runs[0])
     ]
+    # Beside it, SGLang's directory has what another test calls another model.
     assert len(namespaces[0]) == 1
-    assert namespaces[0] == namespaces[1]
-    crossed = side_by_side([partial(vllm_job, by_sglang, batch), partial(job, by_vllm, batch)])
-    (vllm, sglang), (vllm_crossed, sglang_crossed) = (
-        [result["batches"][0] for result in results] for results in (own, crossed)
+    assert namespaces[0] <= namespaces[1]
+    sglang_crossed, vllm_crossed = (
+        result["batches"][0]
+        for result in side_by_side(
+            [partial(job, by_vllm, batch), partial(vllm_job, by_sglang, batch)]
+        )
     )
-    for batches, size, written in ((sglang_crossed, PAGE, BLOCK), (vllm_crossed, BLOCK, PAGE)):
-        # The last tokens lie in blocks that the writer had not filled.
-        full = [min((n + NEW - 1) // written * written, n - 1) // size * size for n in LENGTHS]
-        assert [output["cached"] for output in batches] == full
+    for outputs, size, written in ((sglang_crossed, PAGE, BLOCK), (vllm_crossed, BLOCK, PAGE)):
+        # A block that the prompt ends in has tokens that only the writer knows.
+        full = [
+            min(len(prompt) // written * written, len(prompt) - 1) // size * size
+            for prompt in prompts
+        ]
+        assert [output["cached"] for output in outputs] == full
     apart = difference(vllm, sglang)
     print(f"own runs differ by {apart:.2e}")
     for name, one, other in (

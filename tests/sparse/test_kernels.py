@@ -100,7 +100,7 @@ def test_threads_find_what_one_finds(
     many = [None if array is None else np.repeat(array, 20, axis=0) for array in summaries]
     alone = getattr(scoring, name)(query, *many)
     monkeypatch.setattr(scoring, "_PART_BYTES", 1)
-    monkeypatch.setattr(scoring, "_processors", lambda: 5)
+    monkeypatch.setattr(scoring, "processors", lambda: 5)
     assert np.array_equal(getattr(scoring, name)(query, *many), alone)
 
 

@@ -25,6 +25,16 @@ def make_model() -> Path:
     return path
 
 
+NEW = 4
+"""Tokens that SGLang generates for a prompt."""
+
+
+def file_store(directory: Path, **more: Any) -> dict[str, Any]:
+    # A model this small computes some prompts sooner than anything can be loaded.
+    connector = {"load_when": "always", **more.pop("connector", {})}
+    return {"store": {"kind": "file", "directory": str(directory)}, "connector": connector, **more}
+
+
 def side_by_side(calls: Iterable[Callable[[], dict[str, Any]]]) -> list[dict[str, Any]]:
     """Run jobs two at a time: most of a short job is start-up on one processor."""
     with ThreadPoolExecutor(2) as pool:

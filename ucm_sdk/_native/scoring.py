@@ -7,14 +7,12 @@ their type: float32, float16, or uint16, which stands for the bfloat16 that NumP
 
 from __future__ import annotations
 
-import functools
-import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from ucm_sdk._native import _check, _ffi, _lib
+from ucm_sdk._native.threads import processors, threads
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -285,7 +283,7 @@ class _Call:
         """Score from ``nbytes`` of summaries, on several threads where that pays."""
         scores = _data(self._scores)
         shape, blocks = self.shape, self.shape.blocks
-        parts = min(_processors(), nbytes // _PART_BYTES, blocks // _TOGETHER)
+        parts = min(processors(), nbytes // _PART_BYTES, blocks // _TOGETHER)
         if parts <= 1:
             _check(function(shape, *arguments, scores), "scoring")
             return self._scores
@@ -295,23 +293,9 @@ class _Call:
             _ffi.new("ucm_score_shape *", (*fields, first, min(step, blocks - first)))
             for first in range(0, blocks, step)
         ]
-        for status in _threads().map(lambda part: function(part, *arguments, scores), shapes):
+        for status in threads().map(lambda part: function(part, *arguments, scores), shapes):
             _check(status, "scoring")
         return self._scores
-
-
-@functools.cache
-def _processors() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-@functools.cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_processors(), thread_name_prefix="ucm-score")
-
-
-# A child process has none of its parent's threads.
-os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 def _data(array: NDArray[Any]) -> Any:

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -22,7 +23,7 @@ from ucm_sdk.availability import CallThread
 from ucm_sdk.connector.plans import Conversion
 from ucm_sdk.errors import Status, UcmError
 from ucm_sdk.hashing import BlockChain
-from ucm_sdk.recut import Recut, chunks
+from ucm_sdk.recut import Chunks, Recut, chunks
 from ucm_sdk.tasks import Task
 from ucm_sdk.types import Batch
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MOST_LAYOUTS: Final = 8
+"""Most that are open at a time: each has threads of its own."""
 _LOOK_AGAIN_S: Final = 10.0
 """How often the store is asked for layouts that have come up since."""
 _STAGING_BYTES: Final = 16 << 20
@@ -131,7 +134,8 @@ class OtherLayouts:
         if now - self._asked_at >= _LOOK_AGAIN_S:
             self._asked_at = now
             for layout in self._store.layouts():
-                if layout not in self._stores:
+                opened = sum(store is not None for store in self._stores.values())
+                if layout not in self._stores and opened < _MOST_LAYOUTS:
                     self._stores[layout] = self._open_one(layout)
         return [store for store in self._stores.values() if store is not None]
 
@@ -163,6 +167,17 @@ def conversions(runs: Sequence[Run], own: KVLayout, first: int, end: int) -> tup
         ids = run.ids[begin * size // other - origin : -(-until * size // other) - origin]
         found.append(Conversion(run.layout, ids, begin * size, begin - first, until - first))
     return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """Blocks of one shard on their way into a buffer."""
+
+    shard: int
+    start: int
+    """Index of the first of them in the conversion."""
+    places: NDArray[np.uint64]
+    task: Task
 
 
 class Converter:
@@ -214,51 +229,66 @@ class Converter:
         )
         targets = self._memory.addresses(blocks, slice(None))
         size = conversion.layout.payload_bytes
-        at_a_time = max(1, _STAGING_BYTES // size)
-        reads: list[tuple[int, int, int, Task]] = []
+        # Whole blocks of the engine's own, so that none is filled in two steps.
+        least = max(1, own.block_tokens // conversion.layout.block_tokens)
+        at_a_time = max(1, _STAGING_BYTES // size // least) * least
         todo = [
             (shard, start)
             for start in range(0, len(conversion.ids), at_a_time)
             for shard in recut.source_shards(self._store.context.shard)
         ]
-        for turn in range(len(todo) + 1):
-            # The next read runs while the last one is converted.
-            if turn < len(todo):
-                shard, start = todo[turn]
-                end = min(start + at_a_time, len(conversion.ids))
-                task = self._read(conversion, shard, start, end, turn % 2)
-                reads.append((shard, start, end, task))
-            if turn > 0:
-                shard, start, end, task = reads.pop(0)
-                good = self._wait(transfer, task)
-                if good is None:
-                    return
-                lost = cut.of_sources(np.flatnonzero(~good) + start)
-                transfer.fail(lost.target_blocks, task)
-                part = cut.of_sources(np.flatnonzero(good) + start)
-                sources = np.zeros(len(conversion.ids), np.uint64)
-                buffer = self._staging[(turn - 1) % 2]
-                sources[start:end] = buffer.ctypes.data + np.arange(end - start) * size
-                with transfer.writing() as allowed:
-                    if not allowed:
+        reads: deque[_Read] = deque()
+        try:
+            for turn in range(len(todo) + 1):
+                # The next read runs while the last one is converted.
+                if turn < len(todo):
+                    shard, start = todo[turn]
+                    end = min(start + at_a_time, len(conversion.ids))
+                    reads.append(self._read(conversion, shard, start, end, turn % 2))
+                if turn > 0:
+                    if not self._finish(transfer, reads[0], recut, cut, targets):
                         return
-                    recut.copy(
-                        part,
-                        source_shard=shard,
-                        target_shard=self._store.context.shard,
-                        sources=sources,
-                        targets=targets,
-                    )
-        self._store.context.recorder.count(
-            telemetry.CONVERTED_TOKENS, len(blocks) * own.block_tokens
-        )
+                    reads.popleft()
+        finally:
+            # Nothing may be read any more into buffers that the next conversion uses.
+            for read in reads:
+                read.task.cancel()
+        tokens = len(blocks) * own.block_tokens
+        self._store.context.recorder.count(telemetry.CONVERTED_TOKENS, tokens)
+
+    def _finish(
+        self,
+        transfer: _Transfer,
+        read: _Read,
+        recut: Recut,
+        cut: Chunks,
+        targets: NDArray[np.uint64],
+    ) -> bool:
+        """Wait for a read and re-cut what it gave; False when the transfer was cancelled."""
+        good = self._wait(transfer, read.task)
+        if good is None:
+            return False
+        lost = cut.of_sources(np.flatnonzero(~good) + read.start)
+        transfer.fail(lost.target_blocks, read.task)
+        sources = np.zeros(read.start + len(good), np.uint64)
+        sources[read.start :] = read.places
+        with transfer.writing() as allowed:
+            if allowed:
+                recut.copy(
+                    cut.of_sources(np.flatnonzero(good) + read.start),
+                    source_shard=read.shard,
+                    target_shard=self._store.context.shard,
+                    sources=sources,
+                    targets=targets,
+                )
+            return allowed
 
     def _recut(self, layout: KVLayout) -> Recut:
         if layout not in self._recuts:
             self._recuts[layout] = Recut(layout, self._store.context.layout)
         return self._recuts[layout]
 
-    def _read(self, conversion: Conversion, shard: int, start: int, end: int, slot: int) -> Task:
+    def _read(self, conversion: Conversion, shard: int, start: int, end: int, slot: int) -> _Read:
         key = (conversion.layout, shard)
         if key not in self._shards:
             self._shards[key] = self._store.open_layout(conversion.layout, shard)
@@ -273,7 +303,8 @@ class Converter:
             lengths=np.array([size], np.uint32),
             addresses=places[:, None],
         )
-        return self._shards[key].load(batch, owners=buffer)
+        task = self._shards[key].load(batch, owners=buffer)
+        return _Read(shard, start, places, task)
 
     def _wait(self, transfer: _Transfer, task: Task) -> NDArray[np.bool_] | None:
         """Return which blocks were read, None when the transfer was cancelled."""

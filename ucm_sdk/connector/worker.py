@@ -261,7 +261,8 @@ class WorkerSide:
         parts, rest = self._start_conversions(plan)
         if len(rest):
             try:
-                task = self._store.load(self._batch(plan.some(rest)), owners=self._memory.owners)
+                own = plan.some(rest) if parts else plan
+                task = self._store.load(self._batch(own), owners=self._memory.owners)
             except UcmError:
                 for part in parts:
                     part.task.cancel()

@@ -194,7 +194,8 @@ class FileStore(KVStoreBase):
         for file in sorted(self._directory.parent.glob("*/geometry.json")):
             # What another version wrote, or nobody has finished, is none of this version's.
             with contextlib.suppress(OSError, UcmError):
-                found.append(KVLayout.from_canonical(file.read_text()))
+                if next(file.parent.glob("*.seg"), None) is not None:
+                    found.append(KVLayout.from_canonical(file.read_text()))
         return found
 
     def _open_layout(self, context: StoreContext) -> FileStore:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from typing import Any, Final, Protocol
@@ -27,6 +28,8 @@ class Watcher(Protocol):
     def computed(self, batch: Any, seconds: float) -> None:
         """Take a batch that has been computed."""
 
+
+logger = logging.getLogger(__name__)
 
 _watchers: list[Watcher] = []
 _hooked = False
@@ -82,7 +85,11 @@ def unwatch(watcher: Watcher) -> None:
 
 def _before(_cache: Any, params: Any) -> None:
     for watcher in _watchers:
-        watcher.tokens(params.key)
+        try:
+            watcher.tokens(params.key)
+        except Exception:
+            # SGLang's own cache must not suffer; the pages are unknown and not found.
+            logger.exception("the tokens of a request could not be noted")
 
 
 def _around_batch(run: Any, scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -90,8 +97,12 @@ def _around_batch(run: Any, scheduler: Any, batch: Any, *args: Any, **kwargs: An
         return run(scheduler, batch, *args, **kwargs)
     began = time.monotonic()
     result = run(scheduler, batch, *args, **kwargs)
+    seconds = time.monotonic() - began
     for watcher in _watchers:
-        watcher.computed(batch, time.monotonic() - began)
+        try:
+            watcher.computed(batch, seconds)
+        except Exception:
+            logger.exception("the cost of a batch could not be noted")
     return result
 
 

@@ -101,9 +101,10 @@ class UcmLinker(UnifiedCacheLinker):
         self._metrics = PromMetrics(recorder, rank=rank)
         self.layer_done_counter = _Layers(self._worker)
         self.pools = {PoolName.KV: pool}
-        self._queued: dict[str, list[int]] = {}
+        self._queued: dict[str, PoolTransfer] = {}
         self._batch = -1
-        self._loading: dict[int, StepPlan] = {}
+        self._loading: dict[int, StepPlan | None] = {}
+        """Batches under way; None for one that cannot land."""
         self._offloads: deque[int | None] = deque()
         """Serials of saves in the order of their submission; None for what others save."""
         compat.watch(self)
@@ -134,14 +135,15 @@ class UcmLinker(UnifiedCacheLinker):
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         """Load into the given slots, or queue that; False has the tokens computed."""
-        pages = self._pages(_kv(transfers))
+        kv = _kv(transfers)
         if self._layerwise:
-            self._queued[rid] = pages
+            self._queued[rid] = kv
             return True
-        self._scheduler.plan_load(rid, pages)
-        failed = self._worker.load(self._scheduler.plan_step())
-        self._scheduler.update(self._worker.take_report())
-        return self._on_all_ranks(not failed)
+        landed = self._scheduler.plan_load(rid, kv.keys, self._pages(kv))
+        if landed:
+            landed = not self._worker.load(self._scheduler.plan_step())
+            self._scheduler.update(self._worker.take_report())
+        return self._on_all_ranks(landed)
 
     def _on_all_ranks(self, landed: bool) -> bool:  # noqa: FBT001 - it is the value
         if self._group is None or torch.distributed.get_world_size(group=self._group) == 1:
@@ -158,23 +160,25 @@ class UcmLinker(UnifiedCacheLinker):
         """Start the queued loads; returns the batch's number, -1 when nothing is loaded."""
         if not self._queued:
             return -1
-        for rid, pages in self._queued.items():
-            self._scheduler.plan_load(rid, pages)
+        known = [
+            self._scheduler.plan_load(rid, kv.keys, self._pages(kv))
+            for rid, kv in self._queued.items()
+        ]
         self._queued.clear()
         plan = self._scheduler.plan_step()
         self._worker.start(plan)
         self._batch += 1
-        self._loading[self._batch] = plan
+        self._loading[self._batch] = plan if all(known) else None
         return self._batch
 
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
         """Wait for a batch's loads; False has SGLang abort its requests."""
-        plan = self._loading.pop(counter_index, None)
-        if plan is None:
+        if counter_index not in self._loading:
             return True
-        landed = self._worker.finish(plan)
+        plan = self._loading.pop(counter_index)
+        landed = self._worker.finish(plan or StepPlan())
         self._scheduler.update(self._worker.take_report())
-        return landed
+        return landed and plan is not None
 
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
         """Start to save pages, which SGLang keeps until that has ended."""

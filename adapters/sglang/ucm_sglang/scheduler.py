@@ -153,11 +153,23 @@ class SglangScheduler:
         if self._requests.pop(rid, None) is not None:
             self._side.finished(rid)
 
-    def plan_load(self, rid: str, pages: Sequence[int]) -> None:
-        """Plan to load the pages that were found into the pool's ``pages``."""
+    def plan_load(self, rid: str, hashes: Sequence[str], pages: Sequence[int]) -> bool:
+        """Plan to load the pages that were found into the pool's ``pages``.
+
+        False when they are not those of the last lookup.
+        """
+        if rid not in self._requests:
+            return False
         first = self._side.matched_from(rid) // self._page
+        ids = self._side.ids(rid, first, first + len(pages))
+        known = [self.names.source(name) for name in hashes]
+        if len(ids) != len(pages) or any(
+            page is not None and page.id != id for page, id in zip(known, ids, strict=True)
+        ):
+            return False
         blocks = [*([0] * first), *pages]
         self._side.allocated(rid, blocks, len(pages) * self._page)
+        return True
 
     def plan_step(self) -> StepPlan:
         """Return what was planned since the last call."""
