@@ -2,13 +2,15 @@
 """Let vLLM prefill a long document and SGLang answer from its KV, and the other way round.
 
 ``python examples/demo_cross.py MODEL_DIRECTORY VLLM_PYTHON SGLANG_PYTHON`` prints a table and
-writes build/demo-cross.json.  It exits with 1 when a prefix was not found whole or a crossed answer
-is further from the reader's own than the two engines are from each other.
+writes build/demo-cross.json.  It exits with 1 when a prefix was not found whole, or when what an
+engine answers on the other's KV is further from its own answer than the two engines' own answers
+are from each other.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import pydoc_data.topics
 import subprocess
@@ -69,11 +71,13 @@ def run_vllm(model: str, store: str, prompt: list[int]) -> dict[str, Any]:
     started = time.monotonic()
     first = ask(prompt, 1, TOP)
     seconds = time.monotonic() - started
-    answer = ask(prompt, NEW_TOKENS, 1).outputs[0]
+    answer = ask(prompt, NEW_TOKENS, TOP).outputs[0]
     return {
         "first_token_s": seconds,
         "cached": first.num_cached_tokens,
-        "next": {str(id): one.logprob for id, one in first.outputs[0].logprobs[0].items()},
+        "next": [
+            {str(id): one.logprob for id, one in position.items()} for position in answer.logprobs
+        ],
         "text": answer.text,
     }
 
@@ -116,13 +120,16 @@ def run_sglang(model: str, store: str, prompt: list[int]) -> dict[str, Any]:
     started = time.monotonic()
     first = ask(prompt, 1, TOP)["meta_info"]
     seconds = time.monotonic() - started
-    answer = ask(prompt, NEW_TOKENS, 1)
+    answer = ask(prompt, NEW_TOKENS, TOP)
     engine.shutdown()
     return {
         "first_token_s": seconds,
         "cached": first["cached_tokens"],
         "details": first["cached_tokens_details"],
-        "next": {str(id): value for value, id, _ in first["output_top_logprobs"][0]},
+        "next": [
+            {str(id): value for value, id, _ in position}
+            for position in answer["meta_info"]["output_top_logprobs"]
+        ],
         "text": answer["text"],
     }
 
@@ -137,10 +144,18 @@ def child(engine: str, model: str, store: str, prompt_file: str, result: str) ->
 # What compares.
 
 
-def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """Return the largest difference of the log probabilities that both give of the next token."""
-    both = one["next"].keys() & other["next"].keys()
-    return float(max(abs(one["next"][id] - other["next"][id]) for id in both))
+def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    """Return how far the log probabilities lie apart that both give, of the likeliest tokens.
+
+    Over the answer's tokens as far as both chose the same ones.
+    """
+    apart: list[float] = []
+    for mine, yours in zip(one["next"], other["next"], strict=False):
+        apart += [abs(mine[id] - yours[id]) for id in mine.keys() & yours.keys()]
+        if max(mine, key=mine.__getitem__) != max(yours, key=yours.__getitem__):
+            break
+    square = sum(value**2 for value in apart) / len(apart)
+    return {"rms": math.sqrt(square), "most": max(apart), "values": len(apart)}
 
 
 def run_all(model: Path, pythons: dict[str, str], folder: Path) -> dict[str, Any]:
@@ -209,10 +224,16 @@ def evaluate(found: dict[str, Any]) -> dict[str, Any]:
             "answer_equal": one["text"] == own[reader]["text"],
         }
     found["passed"] = all(
-        one["full_hit"] and one["differs_from_own"] <= found["engines_differ"]
+        one["full_hit"] and one["differs_from_own"]["rms"] <= found["engines_differ"]["rms"]
         for one in found["crossed"].values()
     )
     return found
+
+
+def apart(difference: dict[str, float]) -> str:
+    """Return a difference in words."""
+    rms, most = difference["rms"], difference["most"]
+    return f"{rms:.2e} apart (RMS of {difference['values']}; {most:.1e} at most)"
 
 
 def show(found: dict[str, Any]) -> None:
@@ -229,13 +250,14 @@ def show(found: dict[str, Any]) -> None:
             ),
             (f"{reader}, tokens that {writer} had written", f"{one['cached']}"),
             (
-                f"{reader}, next token's log probabilities, crossed to own",
-                f"{crossed['differs_from_own']:.1e} apart at most",
+                f"{reader}, log probabilities of the answer, crossed to own",
+                apart(crossed["differs_from_own"]),
             ),
             (f"{reader}, same answer as alone", "yes" if crossed["answer_equal"] else "no"),
         ]
-    apart = f"{found['engines_differ']:.1e} apart at most"
-    rows.append(("next token's log probabilities, vllm alone to sglang alone", apart))
+    rows.append(
+        ("log probabilities of the answer, vllm to sglang, alone", apart(found["engines_differ"]))
+    )
     width = max(len(name) for name, _ in rows)
     print()
     for name, value in rows:

@@ -37,10 +37,11 @@ static uint8_t *allocate(uint64_t bytes)
 {
     void *memory;
     CHECK(!posix_memalign(&memory, 64, bytes + !bytes));
-    uint32_t state = (uint32_t)rand() | 1;
-    for (uint64_t i = 0; i < bytes; i++) {
-        state = state * 1664525 + 1013904223;
-        ((uint8_t *)memory)[i] = (uint8_t)(state >> 24);
+    uint64_t state = (uint64_t)rand() << 1 | 1;
+    for (uint64_t i = 0; i < bytes; i += 8) {
+        state *= 6364136223846793005;
+        const uint64_t mixed = state ^ state >> 29;
+        memcpy((uint8_t *)memory + i, &mixed, bytes - i < 8 ? bytes - i : 8);
     }
     return memory;
 }
@@ -164,6 +165,21 @@ static void test_pages(void)
                 }
 }
 
+/* Runs that begin on a line and do not end on one, with bytes between them that stay. */
+static void test_padded_runs(void)
+{
+    for (uint64_t values = 8; values < 80; values += 9)
+        for (uint32_t element = 1; element <= 8; element *= 2) {
+            shape all = {.counts = {(320 << 10) / (values * element), values}, .axes = 2,
+                         .from_order = {0, 1}, .to_order = {0, 1}, .split = -1, .parts = 1,
+                         .element = element};
+            all.to_gap = 64 - values * element % 64;
+            check(&all);
+            all.from_gap = 5;
+            check(&all);
+        }
+}
+
 static void test_many_axes(void)
 {
     shape all = {.axes = 7, .split = -1, .parts = 2, .element = 2};
@@ -237,6 +253,7 @@ int main(void)
         srand(7);
         test_any_shape();
         test_pages();
+        test_padded_runs();
         test_many_axes();
         test_nothing();
         test_errors();

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from sglang_harness import SglangHarness
+from ucm_sdk.errors import ConfigError
 from ucm_sdk.testing import ConnectorSuite
 from ucm_sdk.testing.connector_suite import StartEngine, prompt_of
+from ucm_sglang.connector import UcmLinker
 
 # SGLang sends its seed to its ranks from memory that torch cannot write.
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
@@ -24,11 +27,11 @@ ABORTED = "External KV cache load failed"
 def start(caplog: pytest.LogCaptureFixture) -> Iterator[StartEngine]:
     engines: list[SglangHarness] = []
 
-    def start_one(config: dict[str, Any], *, blocks: int = 64) -> SglangHarness:
+    def start_one(config: dict[str, Any], *, blocks: int = 64, **options: Any) -> SglangHarness:
         # SGLang keeps one scheduler a process: a new engine ends the one before.
         while engines:
             engines.pop().close()
-        engines.append(SglangHarness(config, blocks=blocks))
+        engines.append(SglangHarness(config, blocks=blocks, **options))
         return engines[-1]
 
     yield start_one
@@ -186,3 +189,92 @@ def test_what_separates_equal_tokens_separates_their_kv(start: StartEngine, tmp_
             assert engine.run()[f"{prefix}-{kind}"] == engine.model.generate(prompt, 2)
             assert engine.hit_tokens(f"{prefix}-{kind}") == (0 if kind == "keyed" else hit)
         engine.restart()
+
+
+def test_a_layer_waits_for_its_load_and_computing_costs_no_more(
+    start: StartEngine, tmp_path: Path
+) -> None:
+    config = file_store(tmp_path, "layerwise")
+    first: Any = start(config)
+    size = first.block_tokens
+    prompt = prompt_of(4 * size)
+    first.submit("cold", prompt, 1)
+    first.run()
+    store = {"kind": "faulty", "inner": config["store"], "load_delay_s": 0.3}
+    engine: Any = start({**config, "store": store})
+    update = engine.linker.cache_linker._scheduler.update
+    seen = []
+
+    def learn(report: Any) -> None:
+        seen.append(report.computed)
+        update(report)
+
+    engine.linker.cache_linker._scheduler.update = learn
+    # The last chunk loads nothing.
+    longer = [*prompt, *prompt_of(5 * size, seed=1)]
+    engine.submit("warm", longer, 1)
+    assert engine.run()["warm"] == engine.model.generate(longer, 1)
+    assert engine.hit_tokens("warm") == 4 * size
+    tokens, seconds = sum(one.count for one in seen), sum(one.seconds for one in seen)
+    assert tokens == 2 * size
+    assert seconds < 0.3
+
+
+@pytest.mark.parametrize("load_mode", ["async", "layerwise"])
+def test_what_was_loaded_is_not_saved_again(
+    start: StartEngine, tmp_path: Path, load_mode: str
+) -> None:
+    engine: Any = start(file_store(tmp_path, load_mode))
+    size = engine.block_tokens
+    prompt = prompt_of(6 * size + 1)
+    for id in ("cold", "warm"):
+        engine.submit(id, prompt, 1)
+        assert engine.run()[id] == engine.model.generate(prompt, 1)
+        saved = engine.metrics.counters["ucm_transfer_blocks|dump|ok"]
+        engine.restart()
+    assert saved == 6
+    # What is new beside it is.
+    engine.submit("longer", [*prompt, *prompt_of(2 * size, seed=1)], 1)
+    engine.run()
+    assert engine.metrics.counters["ucm_transfer_blocks|dump|ok"] == 8
+
+
+def test_blocks_of_another_size_are_converted_and_not_saved_again(
+    start: StartEngine, tmp_path: Path
+) -> None:
+    prompt = prompt_of(65)
+    config = {**file_store(tmp_path), "model_identity": "scripted"}
+    wide: Any = start(config, page_tokens=8)
+    wide.submit("cold", prompt, 1)
+    assert wide.run()["cold"] == wide.model.generate(prompt, 1)
+    narrow: Any = start(config)
+    narrow.submit("crossed", prompt, 1)
+    assert narrow.run()["crossed"] == narrow.model.generate(prompt, 1)
+    assert narrow.hit_tokens("crossed") == 64
+    assert narrow.metrics.counters["ucm_converted_tokens"] == 64
+    assert "ucm_transfer_blocks|dump|ok" not in narrow.metrics.counters
+
+
+def test_what_cannot_work_is_refused_at_start(start: StartEngine, tmp_path: Path) -> None:
+    scheduler = start(file_store(tmp_path)).scheduler  # type: ignore[attr-defined]
+    params = SimpleNamespace(
+        token_to_kv_pool_allocator=scheduler.token_to_kv_pool_allocator,
+        page_size=4,
+        attn_tp_cache_group=None,
+        tp_cache_group=None,
+    )
+    good = {**file_store(tmp_path), "model_identity": "scripted"}
+    missing = {**file_store(tmp_path / "missing"), "model_identity": "scripted"}
+    for config, change, said in (
+        (missing, {}, "is not a directory; create it"),
+        ({**good, "conector": {}}, {}, "conector: unknown key; known keys are"),
+        ({**good, "sparse": {"method": "quest"}}, {}, "sparse"),
+        (file_store(tmp_path), {}, "model_identity"),
+        (good, {"is_eagle": True}, "EAGLE"),
+        (good, {"pp_size": 2}, "pp_size=2"),
+    ):
+        wrong = SimpleNamespace(**{**vars(params), **change})
+        with pytest.raises(ConfigError, match=said):
+            UcmLinker(scheduler.server_args, wrong, components={"full"}, extra_config=config)
+    with pytest.raises(ConfigError, match="one kind of KV"):
+        UcmLinker(scheduler.server_args, params, components={"full", "swa"}, extra_config=good)

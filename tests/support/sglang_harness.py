@@ -81,10 +81,16 @@ _IDLE_S: Final = 0.0005
 class SglangHarness:
     """An ``EngineHarness`` on SGLang's scheduler; one at a time in a process."""
 
-    block_tokens: Final = PAGE_TOKENS
-
-    def __init__(self, config: dict[str, Any], *, blocks: int = 64, **server: Any) -> None:
+    def __init__(
+        self,
+        config: dict[str, Any],
+        *,
+        blocks: int = 64,
+        page_tokens: int = PAGE_TOKENS,
+        **server: Any,
+    ) -> None:
         """Start on an operator's configuration."""
+        self.block_tokens = page_tokens
         self._folder = Path(tempfile.mkdtemp(prefix="ucm-sglang-"))
         (self._folder / "config.json").write_text(json.dumps(_MODEL))
         # Random weights have no files by which the model could be known.
@@ -109,10 +115,10 @@ class SglangHarness:
             attention_backend="torch_native",
             sampling_backend="pytorch",
             random_seed=0,
-            page_size=PAGE_TOKENS,
-            max_total_tokens=self._blocks * PAGE_TOKENS,
+            page_size=self.block_tokens,
+            max_total_tokens=self._blocks * self.block_tokens,
             max_running_requests=8,
-            chunked_prefill_size=3 * PAGE_TOKENS,
+            chunked_prefill_size=3 * self.block_tokens,
             disable_cuda_graph=True,
             disable_overlap_schedule=True,
             enable_unified_cache_external_linker=True,
@@ -144,7 +150,7 @@ class SglangHarness:
             mock.patch.object(gc, "collect"),
         ):
             self.scheduler = sglang_scheduler.Scheduler(server, self._ports())
-        assert self.scheduler.max_total_num_tokens == self._blocks * PAGE_TOKENS
+        assert self.scheduler.max_total_num_tokens == self._blocks * self.block_tokens
         runner = self.scheduler.tp_worker.model_runner
         runner.forward, runner.sample = self._forward, self._sample
         channels = self.scheduler.ipc_channels

@@ -106,7 +106,7 @@ class UcmLinker(UnifiedCacheLinker):
         self._loading: dict[int, StepPlan | None] = {}
         """Batches under way; None for one that cannot land."""
         self._offloads: deque[int | None] = deque()
-        """Serials of saves in the order of their submission; None for what others save."""
+        """Serials of saves in the order of their submission; None for what others have saved."""
         compat.watch(self)
 
     # What the hooks tell.
@@ -116,8 +116,8 @@ class UcmLinker(UnifiedCacheLinker):
         self._scheduler.names.key = key
 
     def computed(self, batch: Any, seconds: float) -> None:
-        """Learn what computing costs."""
-        if self._loading:
+        """Learn what computing costs, unless layers waited for what they loaded."""
+        if batch.hicache_consumer_index >= 0:
             return
         pairs = sum(
             token_pairs(before, count)
@@ -140,10 +140,14 @@ class UcmLinker(UnifiedCacheLinker):
             self._queued[rid] = kv
             return True
         landed = self._scheduler.plan_load(rid, kv.keys, self._pages(kv))
+        plan = self._scheduler.plan_step() if landed else StepPlan()
         if landed:
-            landed = not self._worker.load(self._scheduler.plan_step())
+            landed = not self._worker.load(plan)
             self._scheduler.update(self._worker.take_report())
-        return self._on_all_ranks(landed)
+        landed = self._on_all_ranks(landed)
+        if landed:
+            self._scheduler.landed(plan)
+        return landed
 
     def _on_all_ranks(self, landed: bool) -> bool:  # noqa: FBT001 - it is the value
         if self._group is None or torch.distributed.get_world_size(group=self._group) == 1:
@@ -176,9 +180,11 @@ class UcmLinker(UnifiedCacheLinker):
         if counter_index not in self._loading:
             return True
         plan = self._loading.pop(counter_index)
-        landed = self._worker.finish(plan or StepPlan())
+        landed = self._worker.finish(plan or StepPlan()) and plan is not None
         self._scheduler.update(self._worker.take_report())
-        return landed and plan is not None
+        if landed and plan is not None:
+            self._scheduler.landed(plan)
+        return landed
 
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
         """Start to save pages, which SGLang keeps until that has ended."""
@@ -189,12 +195,12 @@ class UcmLinker(UnifiedCacheLinker):
         if not self._owns:
             self._offloads.append(None)
             return True
-        plan = self._scheduler.plan_offload(kv.keys, self._pages(kv))
-        if plan is None:
-            return False
-        self._worker.save(plan)
-        self._offloads.append(plan.serial)
-        return True
+        plan, taken = self._scheduler.plan_offload(kv.keys, self._pages(kv))
+        if plan is not None:
+            self._worker.save(plan)
+        if taken:
+            self._offloads.append(plan.serial if plan is not None else None)
+        return taken
 
     def num_completed_offloads(self) -> int:
         """Return how many of the oldest offloads have ended."""
@@ -220,7 +226,10 @@ class UcmLinker(UnifiedCacheLinker):
         for index in list(self._loading):
             self.finish_layer_wise_loading(index)
         self._queued.clear()
-        self._worker.drain([serial for serial in self._offloads if serial is not None])
+        serials = [serial for serial in self._offloads if serial is not None]
+        self._worker.drain(serials)
+        for serial in serials:
+            self._worker.forget(serial)
         self._scheduler.update(self._worker.take_report())
         self._offloads.clear()
 

@@ -122,6 +122,7 @@ class SglangScheduler:
         self._side = SchedulerSide(store, ucm.connector, costs=self._costs)
         self.names = PageNames(context.namespace.digest(), self._page, vocabulary)
         self._requests: OrderedDict[str, NDArray[np.int64]] = OrderedDict()
+        self._stored: OrderedDict[bytes, None] = OrderedDict()
 
     def lookup(self, rid: str, hashes: Sequence[str]) -> int:
         """Return how many of the pages that the key ends with are worth loading, from the first."""
@@ -171,14 +172,33 @@ class SglangScheduler:
         self._side.allocated(rid, blocks, len(pages) * self._page)
         return True
 
+    def landed(self, plan: StepPlan) -> None:
+        """Note what is in the store: SGLang hands pages that were loaded over to be saved."""
+        for load in plan.loads:
+            self._stored.update(dict.fromkeys(load.ids))
+        while len(self._stored) > PAGES:
+            self._stored.popitem(last=False)
+
     def plan_step(self) -> StepPlan:
         """Return what was planned since the last call."""
         return self._side.plan_step(())
 
-    def plan_offload(self, hashes: Sequence[str], pages: Sequence[int]) -> SavePlan | None:
-        """Plan to save pages of the pool; None when they cannot be saved."""
+    def plan_offload(
+        self, hashes: Sequence[str], pages: Sequence[int]
+    ) -> tuple[SavePlan | None, bool]:
+        """Plan to save pages of the pool.
+
+        Returns the plan, and whether the pages are taken care of: without a plan they are when
+        all have come from the store, under whichever layout, and are not when they cannot be saved.
+        """
         ids = self.names.ids(hashes)
-        return self._side.plan_offload(ids, pages) if ids is not None else None
+        if ids is None:
+            return None, False
+        new = [pair for pair in zip(ids, pages, strict=True) if pair[0] not in self._stored]
+        if not new:
+            return None, True
+        plan = self._side.plan_offload([id for id, _ in new], [page for _, page in new])
+        return plan, plan is not None
 
     def update(self, report: WorkerReport) -> None:
         """Take the worker's report."""
