@@ -23,7 +23,12 @@ LENGTHS = [1, 15, 16, 17, 33, 64, 100, 255, 256, 257, 400, 513]
 # What engines outside of the tests have learnt of this machine stays out.
 LEARNT = tempfile.mkdtemp(prefix="ucm-test-cache-")
 atexit.register(shutil.rmtree, LEARNT, ignore_errors=True)
-os.environ.update(XDG_CACHE_HOME=LEARNT, HF_HUB_OFFLINE="1")
+os.environ.update(
+    XDG_CACHE_HOME=LEARNT,
+    HF_HUB_OFFLINE="1",
+    # Two engines run at a time, and threads that wait for each other by spinning halt both.
+    OMP_NUM_THREADS="1",
+)
 
 with warnings.catch_warnings():
     # What SGLang says about devices that are not here.

@@ -126,6 +126,8 @@ def open_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
         load_format="auto",
         json_model_override_args="{}",
         speculative_algorithm=None,
+        attention_backend="torch_native",
+        decode_attention_backend=None,
     )
     from sglang.srt.configs.model_config import ModelConfig
 

@@ -5,7 +5,8 @@
 ``{"linker": "UcmLinker", "linker_module_path": "ucm_sglang", "linker_extra_config": {...}}`` moves
 KV between the store and the device's pages; the extra configuration is the same as every engine's.
 ``--hicache-storage-backend dynamic`` with ``UcmHiCacheStorage`` of this module puts the store
-behind SGLang's pool in the host's memory instead.
+behind SGLang's pool in the host's memory instead.  ``--attention-backend ucm_sparse`` decodes with
+the part of the KV that a method chooses.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ __all__ = ["UcmHiCacheStorage", "UcmLinker", "register"]
 
 
 def register() -> None:
-    """Have SGLang tell what it does with tokens; called by SGLang in each of its processes."""
-    from ucm_sglang import compat
+    """Make all that SGLang finds by name known to it; called by SGLang in each of its processes."""
+    from ucm_sglang import attention, compat
 
     compat.register_hooks()
+    attention.register()
 
 
 def __getattr__(name: str) -> object:

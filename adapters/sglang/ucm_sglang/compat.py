@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 import sglang
@@ -16,6 +17,7 @@ from ucm_sdk.errors import ConfigError
 
 TESTED: Final = (0, 5, 23)
 _CACHE: Final = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
+_RELEASE: Final = "sglang.srt.mem_cache.common.release_kv_cache"
 _RUN_BATCH: Final = "sglang.srt.managers.scheduler.Scheduler.run_batch"
 
 
@@ -32,6 +34,7 @@ class Watcher(Protocol):
 logger = logging.getLogger(__name__)
 
 _watchers: list[Watcher] = []
+_released: list[Callable[[str], None]] = []
 _hooked = False
 
 
@@ -67,6 +70,7 @@ def register_hooks() -> None:
     for method in ("match_prefix", "insert"):
         HookRegistry.register(f"{_CACHE}.{method}", _before, HookType.BEFORE)
     HookRegistry.register(_RUN_BATCH, _around_batch, HookType.AROUND)
+    HookRegistry.register(_RELEASE, _before_release, HookType.BEFORE)
 
 
 def watch(watcher: Watcher) -> None:
@@ -81,6 +85,16 @@ def unwatch(watcher: Watcher) -> None:
     """Tell ``watcher`` no more."""
     if watcher in _watchers:
         _watchers.remove(watcher)
+
+
+def watch_releases(released: Callable[[str], None]) -> None:
+    """Call ``released`` with each request whose pages SGLang takes back."""
+    _released.append(released)
+
+
+def _before_release(req: Any, *_: Any, **__: Any) -> None:
+    for released in _released:
+        released(req.rid)
 
 
 def _before(_cache: Any, params: Any) -> None:

@@ -14,11 +14,13 @@ from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
 
 from ucm_sdk import KVLayout, KVStoreBase, Namespace, StoreContext, open_store
-from ucm_sdk.connector import KVMemory, UcmConfig
+from ucm_sdk.connector import KVMemory, UcmConfig, load_config
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.model_identity import config_digest, find_model, model_identity, rope_parameters
 from ucm_sglang import compat
 
+SGLANGS_KEYS = ("backend_name", "module_path", "class_name", "interface_v1")
+"""What SGLang reads in the extra configuration of a HiCache storage, beside the adapter's keys."""
 _MHA, _MLA = "l|k=t.h.d|v=t.h.d", "l|k=t.d"
 _HOST_PACKING = {
     # In these two a layer of a page is one region, as it is in the device's pool.
@@ -114,6 +116,30 @@ def check_host_pool(pool: Any) -> None:
         _refuse(f"--hicache-mem-layout {pool.layout}: ucm_sglang serves {known}")
 
 
+def adapter_config(server: Any) -> UcmConfig:
+    """Return the configuration that the launch line gives the store; raises ``ConfigError``."""
+    linker = server.unified_cache_external_linker_config or {}
+    if server.enable_unified_cache_external_linker and "linker_extra_config" in linker:
+        return load_config(linker["linker_extra_config"])
+    extra = server.hicache_storage_backend_extra_config
+    if server.hicache_storage_backend == "dynamic" and extra:
+        from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import (
+            HybridCacheController,
+        )
+
+        parsed, *_ = HybridCacheController.parse_storage_backend_extra_config(extra)
+        return load_config({k: v for k, v in parsed.items() if k not in SGLANGS_KEYS})
+    return load_config({})
+
+
+def check_sparse(server: Any, ucm: UcmConfig) -> None:
+    """Refuse sparse attention that no backend would carry out."""
+    asked = {server.attention_backend, server.decode_attention_backend}
+    if ucm.sparse is not None and "ucm_sparse" not in asked:
+        msg = "sparse: start SGLang with --attention-backend ucm_sparse, or leave it out"
+        raise ConfigError(msg)
+
+
 def make_namespace(server: Any, model: ModelConfig, pool: Any, ucm: UcmConfig) -> Namespace:
     """Return the identity of what this engine computes; the same in all of its processes."""
     extra: dict[str, Any] = {}
@@ -127,6 +153,12 @@ def make_namespace(server: Any, model: ModelConfig, pool: Any, ucm: UcmConfig) -
             str(server.speculative_algorithm),
             str(server.speculative_draft_model_path),
         ]
+    if ucm.sparse is not None:
+        # What was decoded with a part of the KV is in SGLang's cache under its tokens alone, and
+        # what is computed after it rests on it.
+        extra["sparse"] = ucm.sparse.model_dump(
+            mode="json", include={"method", "options", "budget"}
+        )
     return Namespace(
         model=ucm.model_identity or model_identity(find_model(server.model_path, server.revision)),
         compute_dtype=dtype_name(model.dtype),

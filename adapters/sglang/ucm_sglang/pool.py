@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SGLANGS_KEYS: Final = ("backend_name", "module_path", "class_name", "interface_v1")
 _LOAD: Final = "hicache"
 
 
@@ -48,7 +47,7 @@ class UcmHiCacheStorage(HiCacheStorage):
         if not extra.get("interface_v1"):
             msg = 'ucm_sglang reads and writes in place: add "interface_v1": 1 to the extra config'
             raise ConfigError(msg)
-        self._ucm = load_config({k: v for k, v in extra.items() if k not in _SGLANGS_KEYS})
+        self._ucm = load_config({k: v for k, v in extra.items() if k not in layout.SGLANGS_KEYS})
         if (warning := compat.check_version()) is not None:
             logger.warning(warning)
         self._config = storage_config
@@ -64,6 +63,7 @@ class UcmHiCacheStorage(HiCacheStorage):
         pool, config, ucm = mem_pool_host, self._config, self._ucm
         layout.check_host_pool(pool)
         server = get_server_args()
+        layout.check_sparse(server, ucm)
         model = layout.model_of(server)
         mla = layout.is_mla(pool)
         self._owns = not mla or config.tp_rank == 0
