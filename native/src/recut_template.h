@@ -15,8 +15,6 @@ enum {
     COLUMN_BYTES = 256, /* of a row of the source, read at once */
     STAGED_BYTES = 512, /* of a row of the target, staged at once */
     STAGE_BYTES = 16384,
-    LONG_RUN = 1024, /* needs no stage: most of its lines are whole */
-    RUNS_AHEAD = 8,
 };
 
 /* Indices of the loops, like the digits of a counter, and what they add to addresses. */
@@ -235,9 +233,9 @@ INLINE uint64_t next_row(const chain *all)
 static void transpose_rows(chain *all, const position *at, uint64_t first, uint64_t count)
 {
     const ucm_recut_plan *plan = all->plan;
-    const ucm_recut_axis *inner = plan->loops + plan->loop_count - 1;
     const uint64_t bytes = plan->run_bytes, columns = plan->columns.count;
     const uint64_t to = all->parts->to + at->to + first * bytes;
+    const size_t loops = plan->loop_count;
     const uint8_t *rows[STAGED_BYTES];
     for (uint64_t i = 0; i < count; i++) {
         rows[i] = source_at(next_row(all) + at->from);
@@ -249,8 +247,8 @@ static void transpose_rows(chain *all, const position *at, uint64_t first, uint6
     uint64_t next = all->after;
     if (first + count < all->rows)
         next = next_row(all) + at->from;
-    else if (plan->loop_count && at->index[plan->loop_count - 1] + 1 < inner->count)
-        next = all->parts->from + at->from + (uint64_t)inner->from_stride;
+    else if (loops && at->index[loops - 1] + 1 < plan->loops[loops - 1].count)
+        next = all->parts->from + at->from + (uint64_t)plan->loops[loops - 1].from_stride;
     const int lines = plan->streams && (to | plan->to_strides | count * bytes) % LINE == 0;
     const int staged = all->staged || (lines && MOST_WIDTH < LINE);
     const uint64_t most = (staged ? STAGE_BYTES / count / 32 * 32 : COLUMN_BYTES) / bytes;
@@ -308,142 +306,6 @@ static void transpose(const ucm_recut_plan *plan, const ucm_recut_part *parts, s
         end_streams();
 }
 
-/* Runs of bytes that lie beside each other in the target, put together. */
-typedef struct {
-    uint64_t to, bytes;
-    uint8_t stage[STAGE_BYTES] __attribute__((aligned(LINE)));
-} gathering;
-
-static void finish(gathering *all)
-{
-    stream(target_at(all->to), all->stage, all->bytes);
-    all->bytes = 0;
-}
-
-INLINE void gather(gathering *all, uint64_t to, uint64_t from, uint64_t bytes)
-{
-    if (to != all->to + all->bytes || all->bytes + bytes > STAGE_BYTES) {
-        finish(all);
-        all->to = to;
-    }
-    copy(all->stage + all->bytes, source_at(from), bytes);
-    all->bytes += bytes;
-}
-
-/* Gathers runs that lie beside each other in the target, of a size that is known here. */
-INLINE void gather_sized(gathering *all, uint64_t to, uint64_t from, uint64_t step, uint64_t count,
-                         uint64_t bytes)
-{
-    while (count) {
-        if (to != all->to + all->bytes || all->bytes + bytes > STAGE_BYTES) {
-            finish(all);
-            all->to = to;
-        }
-        const uint64_t room = (STAGE_BYTES - all->bytes) / bytes, now = count < room ? count : room;
-        uint8_t *place = all->stage + all->bytes;
-        for (uint64_t i = 0; i < now; i++) {
-            prefetch(from + (i + RUNS_AHEAD) * step);
-            memcpy(place + i * bytes, source_at(from + i * step), bytes);
-        }
-        all->bytes += now * bytes;
-        to += now * bytes;
-        from += now * step;
-        count -= now;
-    }
-}
-
-/* Gathers `count` runs beside each other; 0 for sizes that have no loop of their own. */
-INLINE int gather_many(gathering *all, uint64_t to, uint64_t from, uint64_t step, uint64_t count,
-                       uint64_t bytes)
-{
-    switch (bytes) {
-    case 16:
-        gather_sized(all, to, from, step, count, 16);
-        return 1;
-    case 32:
-        gather_sized(all, to, from, step, count, 32);
-        return 1;
-    case 64:
-        gather_sized(all, to, from, step, count, 64);
-        return 1;
-    case 128:
-        gather_sized(all, to, from, step, count, 128);
-        return 1;
-    default:
-        return 0;
-    }
-}
-
-typedef enum { PLAIN, LINES, LONG, GATHERED } manner;
-
-INLINE void run(manner how, gathering *all, uint64_t to, uint64_t from, uint64_t bytes)
-{
-    if (how == LINES)
-        stream_lines(target_at(to), source_at(from), bytes);
-    else if (how == LONG)
-        stream(target_at(to), source_at(from), bytes);
-    else if (how == GATHERED)
-        gather(all, to, from, bytes);
-    else
-        copy(target_at(to), source_at(from), bytes);
-}
-
-/* Copies the runs of parts whose targets lie beside each other, in turn; `after` them another
- * part begins. */
-INLINE void runs_in(manner how, const ucm_recut_plan *plan, const ucm_recut_part *parts,
-                    size_t count, uint64_t after, gathering *all)
-{
-    static const ucm_recut_axis once = {1, 0, 0};
-    const size_t outer = plan->loop_count ? plan->loop_count - 1 : 0;
-    const ucm_recut_axis *inner = plan->loop_count ? plan->loops + outer : &once;
-    const uint64_t bytes = plan->run_bytes;
-    const uint64_t from_step = (uint64_t)inner->from_stride, to_step = (uint64_t)inner->to_stride;
-    const int gaps = from_step != bytes && bytes <= LONG_RUN;
-    position at = {{0}, 0, 0};
-    for (int more = 1; more;) {
-        position next = at;
-        more = advance(&next, plan->loops, outer);
-        /* From the end of the loop to where the next one begins. */
-        const uint64_t jump =
-            (more ? next.from - at.from : after - parts->from - at.from) - inner->count * from_step;
-        const int many = how == GATHERED && count == 1 && to_step == bytes &&
-                         gather_many(all, parts->to + at.to, parts->from + at.from, from_step,
-                                     inner->count, bytes);
-        for (uint64_t i = 0; !many && i < inner->count; i++)
-            for (size_t part = 0; part < count; part++) {
-                const uint64_t from = parts[part].from + at.from + i * from_step;
-                const uint64_t ahead =
-                    RUNS_AHEAD * from_step + (i + RUNS_AHEAD < inner->count ? 0 : jump);
-                for (uint64_t j = 0; gaps && j < bytes; j += LINE)
-                    prefetch(from + ahead + j);
-                run(how, all, parts[part].to + at.to + i * to_step, from, bytes);
-            }
-        at = next;
-    }
-}
-
-static void runs(const ucm_recut_plan *plan, const ucm_recut_part *parts, size_t count)
-{
-    const uint64_t bytes = plan->run_bytes;
-    gathering all;
-    all.to = all.bytes = 0;
-    for (size_t first = 0, end; first < count; first = end) {
-        for (end = first + 1; end < count && (end - first) * bytes < STAGED_BYTES; end++)
-            if (plan->lines || parts[end].to != parts[end - 1].to + bytes)
-                break;
-        const uint64_t after = parts[end < count ? end : first].from;
-        if (!plan->streams)
-            runs_in(PLAIN, plan, parts + first, end - first, after, &all);
-        else if (plan->lines)
-            runs_in(LINES, plan, parts + first, end - first, after, &all);
-        else if (bytes >= LONG_RUN)
-            runs_in(LONG, plan, parts + first, end - first, after, &all);
-        else
-            runs_in(GATHERED, plan, parts + first, end - first, after, &all);
-    }
-    finish(&all);
-    if (plan->streams)
-        end_streams();
-}
+#include "recut_runs.h"
 
 const ucm_recut_variant NAME = {INSTRUCTION_SET, STREAMS, runs, transpose};

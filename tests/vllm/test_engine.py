@@ -177,9 +177,6 @@ def test_blocks_of_another_size_are_converted(
         for hit, p in zip(hits(prompts[10:20]), prompts[10:20], strict=True)
     ]
     assert wide["metrics"]["ucm_converted_tokens_total"] == sum(found) > 0
-    own = {"connector": {"other_layouts": False}}
-    alone = job(file_store(filled[0], **own), some, block_size=16)
-    assert not any(cached(alone["batches"][0]))
 
 
 # More than one medium, and slow ones.

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_SAVED, _REFUSED = 0, -1
+"""In place of a save's serial, which is above 0: nothing is to be saved, or it cannot be."""
+
 
 class _Layers:
     """What the pool asks before it gives out a layer."""
@@ -103,8 +106,8 @@ class UcmLinker(UnifiedCacheLinker):
         self._batch = -1
         self._loading: dict[int, StepPlan | None] = {}
         """Batches under way; None for one that cannot land."""
-        self._offloads: deque[int | None] = deque()
-        """Serials of saves in the order of their submission; None for what others have saved."""
+        self._offloads: deque[int] = deque()
+        """Serials of saves, or how they have ended, in the order of their submission."""
         compat.watch(self)
 
     # What the hooks tell.
@@ -190,15 +193,17 @@ class UcmLinker(UnifiedCacheLinker):
         kv = _kv(transfers)
         if not kv.keys:
             return False
+        # Never False for what one rank alone decides: the ranks' offloads end in the same order.
         if not self._owns:
-            self._offloads.append(None)
+            self._offloads.append(_SAVED)
             return True
         plan, taken = self._scheduler.plan_offload(kv.keys, self._pages(kv))
         if plan is not None:
             self._worker.save(plan)
-        if taken:
-            self._offloads.append(plan.serial if plan is not None else None)
-        return taken
+            self._offloads.append(plan.serial)
+        else:
+            self._offloads.append(_SAVED if taken else _REFUSED)
+        return True
 
     def num_completed_offloads(self) -> int:
         """Return how many of the oldest offloads have ended."""
@@ -206,15 +211,15 @@ class UcmLinker(UnifiedCacheLinker):
         self._scheduler.update(self._worker.take_report())
         self._metrics.export()
         for count, serial in enumerate(self._offloads):
-            if serial is not None and self._worker.ended(serial) is None:
+            if serial > 0 and self._worker.ended(serial) is None:
                 return count
         return len(self._offloads)
 
     def pop_completed_offload(self) -> bool:
         """Return whether the oldest offload went well."""
         serial = self._offloads.popleft()
-        if serial is None:
-            return True
+        if serial <= 0:
+            return serial == _SAVED
         went_well = self._worker.ended(serial)
         self._worker.forget(serial)
         return bool(went_well)
@@ -224,7 +229,7 @@ class UcmLinker(UnifiedCacheLinker):
         for index in list(self._loading):
             self.finish_layer_wise_loading(index)
         self._queued.clear()
-        serials = [serial for serial in self._offloads if serial is not None]
+        serials = [serial for serial in self._offloads if serial > 0]
         self._worker.drain(serials)
         for serial in serials:
             self._worker.forget(serial)

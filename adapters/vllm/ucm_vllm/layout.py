@@ -77,7 +77,7 @@ def make_layout(config: VllmConfig, kv_config: KVCacheConfig) -> KVLayout:
         packing=packing,
         shards=ranks,
         # More ranks than heads hold some heads several times.
-        replicas=ranks * spec.num_kv_heads // heads,
+        replicas=max(1, ranks * spec.num_kv_heads // heads),
     )
 
 
