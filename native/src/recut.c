@@ -156,6 +156,7 @@ int ucm_recut(const ucm_recut_part *parts, size_t part_count, const ucm_recut_ax
         bytes *= plan.loops[i].count;
     if (!bytes)
         return UCM_OK;
+    plan.part_bytes = bytes / part_count;
     merge(&plan);
     grow(&plan);
     find_matrix(&plan);

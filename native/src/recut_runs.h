@@ -3,6 +3,7 @@
 enum {
     LONG_RUN = 1024, /* needs no stage: most of its lines are whole */
     RUNS_AHEAD = 24,
+    SMALL_PART = 65536, /* is prefetched while the one before it is copied */
 };
 
 /* Runs of bytes that lie beside each other in the target, put together. */
@@ -47,15 +48,15 @@ INLINE void run(manner how, gathering *all, uint64_t to, uint64_t from, uint64_t
         copy(target_at(to), source_at(from), bytes);
 }
 
-/* The runs of a loop, and what is prefetched meanwhile: those `ahead` of each, or, for the last
- * ones, that and a `jump` from it. */
+/* The runs of a loop, and what is prefetched meanwhile: what lies `ahead` of each, or, for the
+ * `last` ones, a `jump` further. */
 typedef struct {
-    uint64_t count, from_step, to_step, ahead, jump;
+    uint64_t count, from_step, to_step, ahead, last, jump;
 } loop;
 
 INLINE void prefetch_run(const loop *runs, uint64_t i, uint64_t from, uint64_t bytes)
 {
-    from += runs->ahead * runs->from_step + (i + runs->ahead < runs->count ? 0 : runs->jump);
+    from += runs->ahead + (i + runs->last < runs->count ? 0 : runs->jump);
     for (uint64_t j = 0; j < bytes; j += LINE)
         prefetch(from + j);
 }
@@ -85,15 +86,22 @@ INLINE void runs_in(manner how, uint64_t bytes, const ucm_recut_plan *plan,
     const size_t outer = plan->loop_count ? plan->loop_count - 1 : 0;
     const ucm_recut_axis *inner = plan->loops + outer; /* or nothing, which is one run */
     loop now = {plan->loop_count ? inner->count : 1, (uint64_t)inner->from_stride,
-                (uint64_t)inner->to_stride, 0, 0};
-    now.ahead = now.count < RUNS_AHEAD ? now.count : RUNS_AHEAD;
+                (uint64_t)inner->to_stride, 0, 0, 0};
+    const int small = plan->part_bytes <= SMALL_PART;
+    if (small) {
+        now.ahead = after - parts->from;
+    } else {
+        now.last = now.count < RUNS_AHEAD ? now.count : RUNS_AHEAD;
+        now.ahead = now.last * now.from_step;
+    }
     const int gaps = now.from_step != bytes && bytes <= LONG_RUN;
     position at = {{0}, 0, 0};
     for (int more = 1; more;) {
         position next = at;
         more = advance(&next, plan->loops, outer);
-        now.jump = (more ? next.from - at.from : after - parts->from - at.from) -
-                   now.count * now.from_step;
+        if (!small)
+            now.jump = (more ? next.from - at.from : after - parts->from - at.from) -
+                       now.count * now.from_step;
         if (how == GATHERED && count == 1 && now.to_step == bytes) {
             gather_beside(all, parts->to + at.to, parts->from + at.from, &now, bytes);
             at = next;

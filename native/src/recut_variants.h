@@ -14,6 +14,7 @@ typedef struct {
     int transposes;      /* whether there is a matrix */
     int streams;         /* whether the targets are too large for the caches */
     int lines;           /* whether runs are whole lines of the cache in the target */
+    uint64_t part_bytes; /* of all its elements */
     uint64_t to_strides; /* all but those of the rows and of the run, or-ed */
 } ucm_recut_plan;
 

@@ -44,6 +44,7 @@ _LOOK_AGAIN_S: Final = 10.0
 """How often the store is asked for layouts that have come up since."""
 _STAGING_BYTES: Final = 16 << 20
 """Size of each of the two buffers, unless one block is larger."""
+_PAGE_BYTES: Final = 4096
 _POLL_S: Final = 0.02
 
 
@@ -294,7 +295,7 @@ class Converter:
             self._shards[key] = self._store.open_layout(conversion.layout, shard)
         size = conversion.layout.payload_bytes
         if len(self._staging[slot]) < (end - start) * size:
-            self._staging[slot] = np.empty((end - start) * size, np.uint8)
+            self._staging[slot] = _pages((end - start) * size)
         buffer = self._staging[slot]
         places = buffer.ctypes.data + np.arange(end - start, dtype=np.uint64) * np.uint64(size)
         batch = Batch.pieces(
@@ -315,6 +316,13 @@ class Converter:
             with contextlib.suppress(UcmError):
                 task.wait(_POLL_S)
         return np.asarray(task.statuses == Status.OK)
+
+
+def _pages(size: int) -> NDArray[np.uint8]:
+    """Return memory that begins on a page: re-cutting moves whole lines of the cache."""
+    memory = np.empty(size + _PAGE_BYTES, np.uint8)
+    first = -memory.ctypes.data % _PAGE_BYTES
+    return memory[first : first + size]
 
 
 class _Transfer:
