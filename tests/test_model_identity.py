@@ -6,12 +6,13 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ucm_sdk import model_identity as module
 from ucm_sdk.errors import ConfigError
-from ucm_sdk.model_identity import model_identity
+from ucm_sdk.model_identity import model_identity, rope_parameters
 
 
 @pytest.fixture
@@ -93,3 +94,20 @@ def test_what_cannot_be_identified_says_what_to_set(
         path.unlink()
     with pytest.raises(ConfigError, match=f"{message}.*set `model_identity`"):
         model_identity(model, cache_file=memory)
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}},
+        {"rope_parameters": {"rope_type": "default", "type": "default", "rope_theta": 100000}},
+        {"rope_scaling": {"type": "default", "rope_theta": 100000.0, "factor": None}},
+        {"rope_theta": 100000, "rope_scaling": None},
+    ],
+)
+def test_rope_parameters_are_the_same_however_an_engine_leaves_them(left: dict) -> None:
+    wanted = {"rope_type": "default", "rope_theta": 100000.0}
+    found = rope_parameters(SimpleNamespace(**left))
+    assert found == wanted
+    assert isinstance(found["rope_theta"], float)
+    assert rope_parameters(SimpleNamespace(**left, partial_rotary_factor=0.5)) != wanted

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ucm_sdk import KVLayout
+from ucm_sdk.connector.others import Run, _Transfer, conversions
 from ucm_sdk.testing import ScriptedEngine
 from ucm_sdk.testing.connector_suite import prompt_of
 
@@ -36,6 +39,10 @@ def config(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
     }
 
 
+def layout_of(size: int) -> KVLayout:
+    return KVLayout(size, (size,), kv_heads=1, head_size=1, dtype="uint8", packing="l|k=t.d")
+
+
 def check(engine: ScriptedEngine, id: str, prompt: list[int], new: int = 3) -> int:
     engine.submit(id, prompt, new)
     assert engine.run()[id] == engine.model.generate(prompt, new)
@@ -61,14 +68,48 @@ def test_a_prefix_goes_on_in_whichever_blocks_it_goes_on(
     start: Start, config: dict[str, Any]
 ) -> None:
     prompt = prompt_of(160)
-    first, second = start(config, block_tokens=4), start(config, block_tokens=8)
-    check(first, "a", prompt[:64], new=1)
-    check(second, "b", prompt[:112], new=1)  # the first 64 tokens are the other engine's
+
+    def fresh(size: int) -> ScriptedEngine:
+        # One that runs asks for layouts that have come up since every ten seconds only.
+        return start(config, block_tokens=size, blocks=128)
+
+    check(fresh(4), "a", prompt[:64], new=1)
+    second = fresh(8)
+    assert check(second, "b", prompt[:112], new=1) == 64
     assert second.metrics.counters["ucm_converted_tokens"] == 64
-    check(first, "c", prompt, new=1)  # its own 64, then the other's, then computed
-    third = start(config, block_tokens=8)
+    third = fresh(4)
+    assert check(third, "c", prompt, new=1) == 112  # its own 64, and 48 of the other's
+    assert third.metrics.counters["ucm_converted_tokens"] == 48
+    fourth = fresh(8)
+    assert check(fourth, "d", [*prompt, 1]) == 160
     # Converted, its own, converted.
-    assert check(third, "d", [*prompt, 1]) >= 152
+    assert fourth.metrics.counters["ucm_converted_tokens"] == 64 + 48
+
+
+def test_a_load_that_begins_later_than_its_run_names_the_right_blocks() -> None:
+    own, other = layout_of(4), layout_of(8)
+    ids = tuple(bytes([index]) * 32 for index in range(6))
+    runs = [Run(own, ids, 0, 2), Run(other, ids, 2, 14)]
+    # Blocks 5 to 9 of 4 tokens are tokens 20 to 36, in blocks 2 to 4 of 8; the run begins in 1.
+    (one,) = conversions(runs, own, 5, 9)
+    assert (one.ids, one.first_token, one.first, one.end) == (ids[1:4], 20, 0, 4)
+    (one,) = conversions(runs, own, 0, 4)
+    assert (one.ids, one.first_token, one.first, one.end) == (ids[:1], 8, 2, 4)
+    assert conversions(runs, own, 0, 2) == ()
+
+
+def test_after_a_cancel_nothing_is_written() -> None:
+    transfer = _Transfer(1)
+    with transfer.writing() as allowed:
+        assert allowed
+        canceller = threading.Thread(target=transfer.cancel)
+        canceller.start()
+        canceller.join(0.1)
+        assert canceller.is_alive()  # it waits for what is being written
+    canceller.join(5)
+    assert not canceller.is_alive()
+    with transfer.writing() as allowed:
+        assert not allowed
 
 
 @pytest.mark.parametrize("failure", ["io", "corrupt", "missing"])

@@ -14,6 +14,7 @@ from sglang_harness import SglangHarness
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.testing import ConnectorSuite
 from ucm_sdk.testing.connector_suite import StartEngine, prompt_of
+from ucm_sglang import compat
 from ucm_sglang.connector import UcmLinker
 
 # SGLang sends its seed to its ranks from memory that torch cannot write.
@@ -278,3 +279,24 @@ def test_what_cannot_work_is_refused_at_start(start: StartEngine, tmp_path: Path
             UcmLinker(scheduler.server_args, wrong, components={"full"}, extra_config=config)
     with pytest.raises(ConfigError, match="one kind of KV"):
         UcmLinker(scheduler.server_args, params, components={"full", "swa"}, extra_config=good)
+
+
+def test_a_name_that_is_used_again_stands_for_another_request(
+    start: StartEngine, tmp_path: Path
+) -> None:
+    engine: Any = start(file_store(tmp_path))
+    size = engine.block_tokens
+    prompt, other = prompt_of(4 * size + 1), prompt_of(4 * size + 1, seed=1)
+    released: list[str] = []
+    compat.watch_releases(released.append)
+    for tokens in (prompt, other):
+        engine.submit("cold", tokens, 1)
+        engine.run()
+    assert released == ["cold", "cold"]
+    engine.restart()
+    # Stored without a salt, found without one, and by no other tenant, whatever the name.
+    for salt, tokens, hit in ((None, prompt, 4), ("tenant", prompt, 0), (None, other, 4)):
+        assert engine.scheduler.flush_cache()
+        engine.submit("same", tokens, 1, cache_salt=salt)
+        assert engine.run()["same"] == engine.model.generate(tokens, 1)
+        assert engine.hit_tokens("same") == hit * size

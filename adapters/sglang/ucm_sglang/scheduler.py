@@ -121,7 +121,8 @@ class SglangScheduler:
         )
         self._side = SchedulerSide(store, ucm.connector, costs=self._costs)
         self.names = PageNames(context.namespace.digest(), self._page, vocabulary)
-        self._requests: OrderedDict[str, NDArray[np.int64]] = OrderedDict()
+        self._requests: OrderedDict[str, tuple[NDArray[np.int64], bytes]] = OrderedDict()
+        """Tokens and salt of each request."""
         self._stored: OrderedDict[bytes, None] = OrderedDict()
 
     def lookup(self, rid: str, hashes: Sequence[str]) -> int:
@@ -138,15 +139,15 @@ class SglangScheduler:
         return min(found // self._page, len(hashes))
 
     def _know(self, rid: str, tokens: NDArray[np.int64]) -> None:
-        before = self._requests.get(rid)
-        if before is not None and not np.array_equal(before, tokens[: len(before)]):
+        extra = self.names.request_extra
+        before, before_extra = self._requests.get(rid, (tokens, extra))
+        if extra != before_extra or not np.array_equal(before, tokens[: len(before)]):
             # Another request under the same name.
             self.forget(rid)
-        self._requests[rid] = tokens
+        self._requests[rid] = tokens, extra
         self._requests.move_to_end(rid)
         while len(self._requests) > _REQUESTS:
             self.forget(next(iter(self._requests)))
-        extra = self.names.request_extra
         self._side.add(rid, tokens, request_extra=extra)  # type: ignore[arg-type]
 
     def forget(self, rid: str) -> None:
