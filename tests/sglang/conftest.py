@@ -54,9 +54,10 @@ def job(
         *batches: dict[str, Any],
         kill_after: int | None = None,
         fails: bool = False,
+        pool: str | None = None,
         **engine: Any,
     ) -> dict[str, Any]:
-        content = {"model": str(model_path), "engine": engine, "config": config}
+        content = {"model": str(model_path), "engine": engine, "config": config, "pool": pool}
         return jobs.run({**content, "batches": batches}, kill_after=kill_after, fails=fails)
 
     return run

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import hicache_cpu
 from jobs import NEW, file_store, side_by_side
 
 PAGE = 16
@@ -84,3 +85,68 @@ def test_failing_loads_and_a_kill(
     again = job(killed, batch)
     check(again["batches"][0], runs[1])
     assert sum(from_store(again["batches"][0])) > 0
+
+
+def test_behind_sglangs_pool_in_the_hosts_memory(
+    job: Job,
+    runs: tuple[Path, Any, dict[str, Any]],
+    prompts: list[list[int]],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The copies between device and host are stand-ins, which are in plain torch.
+    plugin = tmp_path_factory.mktemp("plugin")
+    hicache_cpu.install(plugin)
+    monkeypatch.setenv("PYTHONPATH", str(plugin))
+    batch = {"prompts": prompts, "max_tokens": NEW}
+    pools = [
+        # Pages that the linker wrote, and pages of another layout that this engine writes.
+        (file_store(runs[0]), "page_first_direct", [batch]),
+        (file_store(tmp_path), "layer_first", [batch, batch | {"flush": True}]),
+    ]
+    linkers, own = side_by_side(
+        partial(job, config, *batches, pool=layout) for config, layout, batches in pools
+    )
+    for result in (linkers, own):
+        for output in result["batches"]:
+            check(output, runs[1])
+    assert not any(cached(own["batches"][0]))
+    for output in (linkers["batches"][0], own["batches"][1]):
+        assert cached(output) == hits(prompts)
+        assert [(one["details"] or {}).get("storage", 0) for one in output] == hits(prompts)
+
+
+def test_tensor_parallel_ranks_and_half_precision(
+    job: Job,
+    runs: tuple[Path, Any, dict[str, Any]],
+    prompts: list[list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    some = prompts[8:11]
+    cold = {"prompts": some, "max_tokens": NEW}
+    warm = cold | {"flush": True}
+    # The model has 3 KV heads: 3 ranks on 2 processors.
+    with monkeypatch.context() as processors:
+        processors.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1|0")
+        parallel = job(file_store(tmp_path), cold, warm, tp_size=3)
+    for number, batch in enumerate(parallel["batches"]):
+        check(batch, runs[1][8:11])
+        assert from_store(batch) == (hits(some) if number else [0] * len(some))
+    shards = {path.name.split("-")[0] for path in tmp_path.rglob("*.seg")}
+    assert shards == {"0", "1", "2"}
+    # One rank reads what three wrote.
+    alone, half = side_by_side(
+        [
+            partial(job, file_store(tmp_path), cold),
+            partial(job, file_store(tmp_path), cold, warm, dtype="bfloat16"),
+        ]
+    )
+    check(alone["batches"][0], runs[1][8:11])
+    assert from_store(alone["batches"][0]) == hits(some)
+    assert not any(cached(half["batches"][0]))
+    assert from_store(half["batches"][1]) == hits(some)
+    # The chunks of a hit have other shapes, and 8 bits of precision have their own sums of them.
+    for one, other in zip(*half["batches"], strict=True):
+        assert one["logprobs"][0] == pytest.approx(other["logprobs"][0], abs=0.05)

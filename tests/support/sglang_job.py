@@ -2,7 +2,8 @@
 """Runs real SGLang with the real model in a process of its own: ``sglang_job.py JOB RESULT``.
 
 JOB is a JSON file: ``model``, ``engine`` (arguments of ``Engine``), ``config`` (the adapter's, or
-null for SGLang without a linker), ``batches``.  A batch has ``prompts`` (token ids), ``max_tokens``
+null for SGLang without a store), ``pool`` (the layout of SGLang's pool in the host's memory, or
+null for the linker), ``batches``.  A batch has ``prompts`` (token ids), ``max_tokens``
 and optionally ``flush`` (clear SGLang's own cache before).  RESULT gets the output tokens with
 their log probabilities, and the cached tokens as the engine itself reports them.
 """
@@ -52,7 +53,25 @@ def main() -> None:
         "log_level": "warning",
         **job["engine"],
     }
-    if job["config"] is not None:
+    if job["config"] is not None and job["pool"] is not None:
+        arguments |= {
+            "enable_hierarchical_cache": True,
+            "hicache_io_backend": "direct",
+            "hicache_mem_layout": job["pool"],
+            "hicache_storage_prefetch_policy": "wait_complete",
+            "hicache_storage_backend": "dynamic",
+            "hicache_storage_backend_extra_config": json.dumps(
+                {
+                    "backend_name": "ucm",
+                    "module_path": "ucm_sglang",
+                    "class_name": "UcmHiCacheStorage",
+                    "interface_v1": 1,
+                    "prefetch_threshold": 16,
+                    **job["config"],
+                }
+            ),
+        }
+    elif job["config"] is not None:
         arguments |= {
             "enable_unified_cache_external_linker": True,
             "unified_cache_external_linker_backend": "dynamic",

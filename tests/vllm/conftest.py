@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from jobs import Jobs, make_model
+from jobs import ForkedJobs, make_model
 
 # What engines outside of the tests have learnt of this machine stays out.
 LEARNT = tempfile.mkdtemp(prefix="ucm-test-cache-")
@@ -27,6 +27,14 @@ os.environ.update(
 )
 
 
+PRELOAD = [
+    "vllm.entrypoints.llm",
+    "vllm.v1.engine.core_client",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.llama",
+]
+
+
 @pytest.fixture(scope="session")
 def model_path() -> Path:
     """Return the directory of the real small model."""
@@ -38,7 +46,8 @@ def job(
     model_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., dict[str, Any]]:
     """Return a function that runs one engine process over batches of prompts."""
-    jobs = Jobs("vllm_job.py", tmp_path_factory.mktemp("jobs"))
+    folder = tmp_path_factory.mktemp("jobs")
+    jobs = ForkedJobs("vllm_job.py", folder, preload=PRELOAD)
 
     def run(
         config: dict[str, Any] | None,
