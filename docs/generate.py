@@ -24,6 +24,7 @@ from pydantic.fields import FieldInfo
 
 from ucm_sdk import telemetry
 from ucm_sdk.connector import ConnectorOptions, SparseConfig, UcmConfig
+from ucm_sdk.connector.options import PrefillOffloadConfig
 from ucm_sdk.errors import Status
 from ucm_sdk.sparse import METHODS, MethodOptions, SparseBudget, UcmSparseBase
 from ucm_sdk.store import STORES, store_class
@@ -125,6 +126,10 @@ STATUS_TEXTS: Final = {
 }
 STATUSES: Final = {label: STATUS_TEXTS[label] for label in (Status.OK.label, *FAILURES)}
 LABEL_VALUES: Final[dict[tuple[str, str], dict[str, str]]] = {
+    ("ucm_layer_bytes", "direction"): {
+        "in": "from the host to the device",
+        "out": "from the device to the host",
+    },
     ("ucm_lookup_blocks", "result"): {
         "hit": "found",
         "miss": "not found; a lookup of a prefix ends at the first miss and counts one",
@@ -258,6 +263,7 @@ def configuration() -> str:
     lines += model_section("The top level", UcmConfig)
     lines += model_section("`connector`", ConnectorOptions)
     lines += model_section("`sparse`", SparseConfig)
+    lines += model_section("`prefill_offload`", PrefillOffloadConfig)
     lines += model_section("`sparse.budget`", SparseBudget)
     lines += method_sections()
     for kind in built_in_stores():

@@ -106,6 +106,19 @@ SPARSE_MISSED_BLOCKS: Final = Metric(
     Kind.COUNTER,
     "Chosen blocks of one layer that could not be loaded and were left out.",
 )
+LAYER_BYTES: Final = Metric(
+    "ucm_layer_bytes",
+    Kind.COUNTER,
+    "Bytes of KV that came to the device for a layer, or went back from it.",
+    ("direction",),
+)
+LAYER_STALL_SECONDS: Final = Metric(
+    "ucm_layer_stall_seconds",
+    Kind.HISTOGRAM,
+    "Seconds of a step that waited for layers to come to the device or to go back.",
+    (),
+    _SECONDS,
+)
 STORE_AVAILABLE: Final = Metric(
     "ucm_store_available", Kind.GAUGE, "1 while the store is asked, 0 while the breaker is open."
 )
@@ -127,6 +140,8 @@ METRICS: Final = (
     TIMEOUTS,
     SPARSE_SLOT_BLOCKS,
     SPARSE_MISSED_BLOCKS,
+    LAYER_BYTES,
+    LAYER_STALL_SECONDS,
     DROPPED_SAVES,
     STORE_AVAILABLE,
 )

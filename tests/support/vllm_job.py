@@ -53,7 +53,9 @@ class Watch:
     """What the scheduler and its pool hold after each step, from their own counts."""
 
     def __init__(self, llm: Any) -> None:
-        self._scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        core = llm.llm_engine.engine_core.engine_core
+        self._scheduler = core.scheduler
+        self._executor = core.model_executor
         self._pool = self._scheduler.kv_cache_manager.block_pool
         self._update = self._scheduler.update_from_output
         self._scheduler.update_from_output = self._step
@@ -62,15 +64,16 @@ class Watch:
 
     def reset(self) -> None:
         self._least: dict[int, int] = {}
-        self._running = self._steps = 0
+        self._most = self._running = self._steps = 0
 
     def _step(self, *args: Any) -> Any:
         running = self._scheduler.running
         self._steps += 1
         self._running = max(self._running, len(running))
         self.preemptions += sum(request.num_preemptions > 0 for request in running)
+        used = self._total - self._pool.get_num_free_blocks()
+        self._most = max(self._most, used)
         if running and all(request.num_output_tokens for request in running):
-            used = self._total - self._pool.get_num_free_blocks()
             self._least[len(running)] = min(used, self._least.get(len(running), used))
         return self._update(*args)
 
@@ -78,10 +81,20 @@ class Watch:
     def _total(self) -> int:
         return self._pool.num_gpu_blocks - 1  # one of them is never given to anybody
 
+    def _pool_bytes(self) -> int | None:
+        """Return the bytes of the worker's KV memory; None where the worker is elsewhere."""
+        worker = getattr(getattr(self._executor, "driver_worker", None), "worker", None)
+        if worker is None:
+            return None
+        storages = [cache.untyped_storage() for cache in worker.model_runner.kv_caches]
+        return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
+
     def seen(self) -> dict[str, Any]:
         return {
             "total_blocks": self._total,
             "free_at_end": self._pool.get_num_free_blocks(),
+            "used_at_most": self._most,
+            "pool_bytes": self._pool_bytes(),
             "running_at_most": self._running,
             "steps": self._steps,
             "preempted": self.preemptions,

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import atexit
 import os
+import pydoc
+import random
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from jobs import ForkedJobs, make_model
+from outputs import LENGTHS, LONG, NEW, SOME, file_store, tokens
 
 # What engines outside of the tests have learnt of this machine stays out.
 LEARNT = tempfile.mkdtemp(prefix="ucm-test-cache-")
@@ -27,6 +30,7 @@ os.environ.update(
 )
 
 
+Job = Callable[..., dict[str, Any]]
 PRELOAD = [
     "vllm.entrypoints.llm",
     "vllm.v1.engine.core_client",
@@ -69,3 +73,41 @@ def job(
         return jobs.run(content, kill_after=kill_after, fails=fails)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def prompts(model_path: Path) -> list[list[int]]:
+    """Return prompts of all lengths from different places of a text that ships with Python."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    ids = tokenizer.encode(Path(pydoc.__file__).read_text(), verbose=False)
+    starts = random.Random(1).sample(range(LONG, len(ids) - LONG), len(LENGTHS))
+    short = [ids[start : start + length] for start, length in zip(starts, LENGTHS, strict=True)]
+    return [*short, ids[:LONG]]
+
+
+@pytest.fixture(scope="session")
+def alone(job: Job, prompts: list[list[int]]) -> list[list[list[list[int]]]]:
+    """Return the outputs of vLLM without a connector: of all prompts, and 3 samples of some."""
+    greedy = {"prompts": prompts, "max_tokens": NEW}
+    samples = {"prompts": prompts[SOME], "max_tokens": NEW, "n": 3}
+    return [tokens(batch) for batch in job(None, greedy, samples)["batches"]]
+
+
+@pytest.fixture(scope="session")
+def expected(alone: list[list[list[list[int]]]]) -> list[list[list[int]]]:
+    """Return the greedy outputs of vLLM without a connector."""
+    return alone[0]
+
+
+@pytest.fixture(scope="session")
+def filled(
+    job: Job, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """Return a store that one engine filled, and what that engine said."""
+    directory = tmp_path_factory.mktemp("filled")
+    cold = {"prompts": prompts, "max_tokens": NEW}
+    in_memory = {"prompts": prompts[:-1], "max_tokens": NEW}
+    result = job(file_store(directory), cold, cold | {"reset": True}, in_memory)
+    return directory, result

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import pydoc
 import random
 import secrets
 import shutil
@@ -17,74 +16,10 @@ from typing import Any
 import pytest
 
 from jobs import side_by_side
-
-BLOCK = 32
-# Shorter than a block, on a boundary and beside it, several blocks, several prefill chunks.
-LENGTHS = [1, 5, 31, 32, 33, 63, 64, 65, 96, 100, 128, 160, 255, 256, 257, 300, 400, 511, 512, 513]
-LONG = 6100
-NEW = 8
+from outputs import BLOCK, NEW, SOME, cached, file_store, hits, tokens
 
 Job = Callable[..., dict[str, Any]]
 pytestmark = pytest.mark.timeout(900)
-
-
-@pytest.fixture(scope="session")
-def prompts(model_path: Path) -> list[list[int]]:
-    """Return prompts of all lengths from different places of a text that ships with Python."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    ids = tokenizer.encode(Path(pydoc.__file__).read_text(), verbose=False)
-    starts = random.Random(1).sample(range(LONG, len(ids) - LONG), len(LENGTHS))
-    short = [ids[start : start + length] for start, length in zip(starts, LENGTHS, strict=True)]
-    return [*short, ids[:LONG]]
-
-
-def hits(prompts: list[list[int]]) -> list[int]:
-    """Return the tokens that a full hit of each prompt has."""
-    return [(len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts]
-
-
-def file_store(directory: Path, **more: Any) -> dict[str, Any]:
-    return {"store": {"kind": "file", "directory": str(directory)}, **more}
-
-
-def tokens(batch: list[dict[str, Any]]) -> list[list[list[int]]]:
-    assert all(reason == "length" for output in batch for reason in output["finish"])
-    return [output["tokens"] for output in batch]
-
-
-def cached(batch: list[dict[str, Any]]) -> list[int]:
-    return [output["cached"] for output in batch]
-
-
-SOME = slice(13, 16)
-
-
-@pytest.fixture(scope="session")
-def alone(job: Job, prompts: list[list[int]]) -> list[list[list[list[int]]]]:
-    """Return the outputs of vLLM without a connector: of all prompts, and 3 samples of some."""
-    greedy = {"prompts": prompts, "max_tokens": NEW}
-    samples = {"prompts": prompts[SOME], "max_tokens": NEW, "n": 3}
-    return [tokens(batch) for batch in job(None, greedy, samples)["batches"]]
-
-
-@pytest.fixture(scope="session")
-def expected(alone: list[list[list[list[int]]]]) -> list[list[list[int]]]:
-    """Return the greedy outputs of vLLM without a connector."""
-    return alone[0]
-
-
-@pytest.fixture(scope="session")
-def filled(
-    job: Job, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[str, Any]]:
-    """Return a store that one engine filled, and what that engine said."""
-    directory = tmp_path_factory.mktemp("filled")
-    cold = {"prompts": prompts, "max_tokens": NEW}
-    in_memory = {"prompts": prompts[:-1], "max_tokens": NEW}
-    result = job(file_store(directory), cold, cold | {"reset": True}, in_memory)
-    return directory, result
 
 
 def test_the_first_run_and_the_warm_ones_give_vllms_own_tokens(

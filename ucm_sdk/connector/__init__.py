@@ -26,6 +26,7 @@ from ucm_sdk.connector.plans import (
 )
 from ucm_sdk.connector.scheduler import SchedulerSide
 from ucm_sdk.connector.sparse import DecodeRow, SparseWorkerSide
+from ucm_sdk.connector.streaming import LayerStream
 from ucm_sdk.connector.worker import KVMemory, WorkerSide
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "DecodeRow",
     "FromBlock",
     "KVMemory",
+    "LayerStream",
     "LoadPlan",
     "OffloadPlanner",
     "Offloaded",

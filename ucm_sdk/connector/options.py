@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pydantic
 
 from ucm_sdk import config
+from ucm_sdk.errors import ConfigError
 from ucm_sdk.sparse import METHODS, SparseBudget
 from ucm_sdk.store import check_store_options
 
@@ -61,6 +62,13 @@ class SparseConfig(config.Strict):
     the store is left alone for `connector.retry_after_s`."""
 
 
+class PrefillOffloadConfig(config.Strict):
+    """Prefill offload: the engine's pool has room for a few layers of KV, the host for all."""
+
+    device_layers: int = pydantic.Field(default=2, ge=2)
+    """Layers that the pool has room for: one computes while the others come and go."""
+
+
 class UcmConfig(config.Strict):
     """Everything that an adapter reads."""
 
@@ -74,6 +82,8 @@ class UcmConfig(config.Strict):
     """Stands for the model's content where its files cannot be read; change it with the weights."""
     sparse: SparseConfig | None = None
     """Sparse attention; none when not set."""
+    prefill_offload: PrefillOffloadConfig | None = None
+    """Prefill offload; none when not set."""
     load_failure: Literal["recompute", "fail"] = "recompute"
     """What the engine does with a request whose load failed."""
 
@@ -88,4 +98,18 @@ def load_config(
     check_store_options(checked.store)
     if checked.sparse is not None:
         METHODS.get(checked.sparse.method)
+    if checked.prefill_offload is not None:
+        _check_prefill_offload(checked)
     return checked
+
+
+def _check_prefill_offload(checked: UcmConfig) -> None:
+    """Refuse what needs all layers of a block in the engine's pool."""
+    if checked.sparse is not None:
+        msg = "prefill_offload and sparse: both decide what the engine's pool holds; set one"
+        raise ConfigError(msg)
+    for name, wanted in (("load_mode", "async"), ("save_mode", "step")):
+        found = getattr(checked.connector, name)
+        if found != wanted:
+            msg = f"connector.{name}={found!r}: with prefill_offload it must be {wanted!r}"
+            raise ConfigError(msg)

@@ -75,7 +75,7 @@ class UcmLinker(UnifiedCacheLinker):
                 f"ucm_sglang serves models with one kind of KV, not {sorted(map(str, components))}"
             )
             raise ConfigError(msg)
-        layout.check_sparse(server_args, ucm)
+        layout.check_attention(server_args, ucm)
         pool = layout.check_supported(server_args, params)
         model = layout.model_of(server_args)
         self._group = params.attn_tp_cache_group or params.tp_cache_group

@@ -132,11 +132,14 @@ def adapter_config(server: Any) -> UcmConfig:
     return load_config({})
 
 
-def check_sparse(server: Any, ucm: UcmConfig) -> None:
-    """Refuse sparse attention that no backend would carry out."""
+def check_attention(server: Any, ucm: UcmConfig) -> None:
+    """Refuse what attention would have to carry out and no backend does."""
     asked = {server.attention_backend, server.decode_attention_backend}
     if ucm.sparse is not None and "ucm_sparse" not in asked:
         msg = "sparse: start SGLang with --attention-backend ucm_sparse, or leave it out"
+        raise ConfigError(msg)
+    if ucm.prefill_offload is not None:
+        msg = "prefill_offload: only vLLM's adapter does it so far; leave it out for SGLang"
         raise ConfigError(msg)
 
 

@@ -63,7 +63,7 @@ class UcmHiCacheStorage(HiCacheStorage):
         pool, config, ucm = mem_pool_host, self._config, self._ucm
         layout.check_host_pool(pool)
         server = get_server_args()
-        layout.check_sparse(server, ucm)
+        layout.check_attention(server, ucm)
         model = layout.model_of(server)
         mla = layout.is_mla(pool)
         self._owns = not mla or config.tp_rank == 0

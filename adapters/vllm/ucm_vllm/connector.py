@@ -28,6 +28,7 @@ from ucm_vllm import compat
 from ucm_vllm.metrics import UcmPromMetrics, UcmStats
 from ucm_vllm.scheduler import VllmScheduler
 from ucm_vllm.sparse import VllmSparse
+from ucm_vllm.streaming import VllmLayers
 from ucm_vllm.worker import VllmWorker
 
 logger = logging.getLogger(__name__)
@@ -138,6 +139,11 @@ class UcmConnector(KVConnectorBase_V1):
     def sparse(self) -> VllmSparse | None:
         """What this worker's attention asks in every layer; None without sparse attention."""
         return self._worker.sparse if self._worker is not None else None
+
+    @property
+    def layers(self) -> VllmLayers | None:
+        """Whom this worker's attention tells of every layer; None without prefill offload."""
+        return self._worker.layers if self._worker is not None else None
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Take the engine's KV memory."""

@@ -15,7 +15,7 @@ from ucm_sdk.connector import KVMemory, UcmConfig
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.model_identity import config_digest, find_model, model_identity, rope_parameters
 from ucm_vllm import compat
-from ucm_vllm.pool import SparseSpec
+from ucm_vllm.pool import SparseSpec, StreamedSpec
 
 
 def _refuse(what: str) -> NoReturn:
@@ -42,7 +42,8 @@ def check_supported(config: VllmConfig, kv_config: KVCacheConfig) -> FullAttenti
             f"({', '.join(kinds)})"
         )
     spec = groups[0].kv_cache_spec
-    if type(spec) not in {FullAttentionSpec, MLAAttentionSpec, SparseSpec} or spec.non_causal:
+    served = {FullAttentionSpec, MLAAttentionSpec, SparseSpec, StreamedSpec}
+    if type(spec) not in served or spec.non_causal:
         _refuse(f"ucm_vllm serves causal full attention, not {type(spec).__name__}")
     for name in ("sliding_window", "attention_chunk_size"):
         if getattr(spec, name) is not None:
@@ -70,7 +71,7 @@ def make_layout(config: VllmConfig, kv_config: KVCacheConfig) -> KVLayout:
     )
     return KVLayout(
         block_tokens=spec.block_size,
-        piece_bytes=(spec.page_size_bytes,) * layers,
+        piece_bytes=(spec.real_page_size_bytes,) * layers,
         kv_heads=spec.num_kv_heads,
         head_size=spec.head_size,
         dtype=dtype_name(spec.dtype),

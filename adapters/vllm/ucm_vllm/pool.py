@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""vLLM's pool of KV blocks under sparse attention.
+"""vLLM's pool of KV blocks under sparse attention, and under prefill offload.
 
-With offload a request gives back its middle for a few slots.  A KV cache spec of our own has a
-manager of our own; both are vLLM's extension points.  The connector binds what it decides by.
+With sparse offload a request gives back its middle for a few slots.  With prefill offload a block
+has room for a few of its layers.  A KV cache spec of our own has a manager of our own; both are
+vLLM's extension points.  The connector binds what it decides by.
 """
 
 from __future__ import annotations
@@ -13,11 +14,17 @@ from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheTensor,
+)
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from ucm_sdk.connector import Offloaded, OffloadPlanner
+from ucm_sdk.errors import ConfigError
 
 
 class SparseManager(FullAttentionManager):
@@ -95,10 +102,59 @@ class SparseSpec(FullAttentionSpec):
         return cls(**{field.name: getattr(spec, field.name) for field in fields(spec)})
 
 
+@dataclass(frozen=True, kw_only=True)
+class StreamedSpec(FullAttentionSpec):
+    """Full attention of which a block has room for a few layers at a time."""
+
+    layers: int = 1
+    """The model's on this worker."""
+    device_layers: int = 1
+    """Those that there is room for."""
+
+    @classmethod
+    def of(cls, spec: FullAttentionSpec, layers: int, device_layers: int) -> StreamedSpec:
+        """Return the same spec with less room."""
+        values = {field.name: getattr(spec, field.name) for field in fields(spec)}
+        return cls(**values, layers=layers, device_layers=device_layers)
+
+    @property
+    def page_size_bytes(self) -> int:
+        """A layer's share of a block: vLLM divides its memory by the sum over all layers."""
+        return -(-self.real_page_size_bytes * self.device_layers // self.layers)
+
+    @classmethod
+    def merge(cls, specs: list[StreamedSpec]) -> StreamedSpec:
+        """Return the one spec that all layers have."""
+        if any(spec != specs[0] for spec in specs):
+            msg = "prefill_offload: all layers must have one kind of KV cache"
+            raise ConfigError(msg)
+        return specs[0]
+
+    def place(self, kv_config: KVCacheConfig) -> None:
+        """Let the layers of ``kv_config`` take turns in the room for ``device_layers``."""
+        page = self.real_page_size_bytes
+        room = page * kv_config.num_blocks
+        kv_config.kv_cache_tensors[:] = [
+            KVCacheTensor(
+                size=room * self.device_layers,
+                layers=[name],
+                layer_stride=room,
+                block_stride=page,
+                offset=room * (number % self.device_layers),
+            )
+            for number, name in enumerate(kv_config.kv_cache_groups[0].layer_names)
+        ]
+
+
 def register() -> None:
-    """Make the spec known to vLLM; a process may do it twice."""
+    """Make the specs known to vLLM; a process may do it twice."""
     # A registry that is not empty is taken for one that has vLLM's own specs.
     KVCacheSpecRegistry._ensure_registered()  # noqa: SLF001 - there is no public way
     KVCacheSpecRegistry.register(
         SparseSpec, manager_class=SparseManager, uniform_type_base_spec=FullAttentionSpec
+    )
+    KVCacheSpecRegistry.register(
+        StreamedSpec,
+        manager_class=FullAttentionManager,
+        uniform_type_base_spec=FullAttentionSpec,
     )

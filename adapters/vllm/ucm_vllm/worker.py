@@ -19,7 +19,7 @@ from ucm_sdk.connector import (
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.sparse import SparseKVManager
 from ucm_sdk.telemetry import Increments, Recorder
-from ucm_vllm.attention import SparseCPUBackend
+from ucm_vllm.attention import UcmCPUBackend
 from ucm_vllm.layout import (
     check_supported,
     make_layout,
@@ -27,7 +27,9 @@ from ucm_vllm.layout import (
     make_namespace,
     open_shared_store,
 )
+from ucm_vllm.pool import StreamedSpec
 from ucm_vllm.sparse import VllmSparse, make_sparse_method
+from ucm_vllm.streaming import VllmLayers, check_host_memory
 
 if TYPE_CHECKING:
     import torch
@@ -56,23 +58,44 @@ class VllmWorker:
         self._layers = {
             name: index for index, name in enumerate(kv_config.kv_cache_groups[0].layer_names)
         }
-        if ucm.sparse is not None:
-            if SparseCPUBackend.built_for is None:
+        spec = check_supported(config, kv_config)
+        for name in ("sparse", "prefill_offload"):
+            if getattr(ucm, name) is not None and UcmCPUBackend.built_for is None:
                 msg = (
-                    "sparse: vLLM has built its attention without ucm_vllm's; the plugin 'ucm' "
+                    f"{name}: vLLM has built its attention without ucm_vllm's; the plugin 'ucm' "
                     "must be loaded (see VLLM_PLUGINS), and kv_connector must be UcmConnector "
                     f"itself, not {config.kv_transfer_config.kv_connector}"
                 )
                 raise ConfigError(msg)
-            spec = check_supported(config, kv_config)
+        if ucm.sparse is not None:
             self._sparse_method = make_sparse_method(ucm.sparse, config, spec, len(self._layers))
+        self._device_layers = 0
+        if isinstance(spec, StreamedSpec):
+            if config.speculative_config is not None:
+                msg = "prefill_offload: start vLLM without speculative decoding"
+                raise ConfigError(msg)
+            check_host_memory(self._context.layout.piece_bytes, kv_config.num_blocks)
+            self._device_layers = spec.device_layers
+            spec.place(kv_config)
         self.sparse: VllmSparse | None = None
+        self.layers: VllmLayers | None = None
         self._registered: WorkerSide | None = None
         self._result = StepResult()
 
     def register(self, caches: dict[str, torch.Tensor]) -> None:
         """Take the KV memory that vLLM has allocated."""
         memory = make_memory(self._kv_config, self._context.layout, caches)
+        if self._device_layers:
+            self.layers = VllmLayers(
+                self._context.layout,
+                memory,
+                self._layers,
+                blocks=self._kv_config.num_blocks,
+                device_layers=self._device_layers,
+                recorder=self._context.recorder,
+            )
+            # What the store gives and gets is all layers'.
+            memory = self.layers.host
         self._registered = WorkerSide(self._store, self._options, memory)
         if self._sparse_config is not None and self._sparse_method is not None:
             manager = SparseKVManager(self._sparse_method, self._sparse_config.budget)
@@ -112,6 +135,8 @@ class VllmWorker:
 
     def save_step(self, plan: StepPlan) -> None:
         """Save the blocks that the step completed."""
+        if self.layers is not None:
+            self.layers.end_step()
         self._side.save_step(plan)
 
     def end_step(self, plan: StepPlan, sparse: SparsePlan) -> set[str]:
@@ -135,6 +160,8 @@ class VllmWorker:
 
     def close(self) -> None:
         """Finish the saves and close the store."""
+        if self.layers is not None:
+            self.layers.close()
         if self._registered is not None:
             self._registered.close()
         else:
