@@ -106,6 +106,21 @@ def rope_parameters(config: object) -> dict[str, Any]:
     }
 
 
+def trained_tokens(directory: Path) -> int:
+    """Return the tokens of the longest text that the model in ``directory`` was trained on.
+
+    Raises ``ConfigError`` where its configuration does not say.
+    """
+    path = directory / "config.json"
+    values = json.loads(path.read_text()) if path.is_file() else {}
+    # Models of several parts have one configuration in another.
+    found = {**values, **values.get("text_config", {})}.get("max_position_embeddings")
+    if not found:
+        msg = f"{path} has no max_position_embeddings: set position.trained_tokens"
+        raise ConfigError(msg)
+    return int(found)
+
+
 def config_digest(values: Mapping[str, Any]) -> str:
     """Return the digest of a configuration in force, without what says where it came from."""
     kept = {

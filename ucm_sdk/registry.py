@@ -27,13 +27,16 @@ class Registry:
         group: str,
         built_in: Mapping[str, str],
         extras: Mapping[str, str] | None = None,
+        key: str = "kind",
     ) -> None:
         """Describe a kind.
 
-        ``kind`` names it in messages, ``group`` is its entry-point group, ``built_in`` maps names
-        to ``module:attribute``, ``extras`` maps names to the extra that installs what they need.
+        ``kind`` names it in messages, ``key`` is the option that names one of it, ``group`` is its
+        entry-point group, ``built_in`` maps names to ``module:attribute``, ``extras`` maps names to
+        the extra that installs what they need.
         """
         self._kind = kind
+        self._key = key
         self._group = group
         self._built_in = dict(built_in)
         self._extras = dict(extras or {})
@@ -49,7 +52,7 @@ class Registry:
         for entry in self._entry_points():
             if entry.name == name:
                 return self._import(name, entry.value)
-        msg = f"{self._kind}.kind={name!r}: unknown; known are {', '.join(self.names())}"
+        msg = f"{self._kind}.{self._key}={name!r}: unknown; known are {', '.join(self.names())}"
         raise ConfigError(msg)
 
     def _entry_points(self) -> metadata.EntryPoints:

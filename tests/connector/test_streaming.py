@@ -148,7 +148,7 @@ def test_misuse_is_refused() -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"sparse": {"method": "quest"}}, "prefill_offload and sparse"),
+        ({"sparse": {"method": "quest"}}, "sparse and prefill_offload"),
         ({"connector": {"load_mode": "layerwise"}}, "load_mode='layerwise': .* 'async'"),
         ({"connector": {"save_mode": "layerwise"}}, "save_mode='layerwise': .* 'step'"),
         ({"prefill_offload": {"device_layers": 1}}, "device_layers=1"),

@@ -141,7 +141,7 @@ def test_layers_are_dense_or_choose_or_use_a_choice_below() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("nothing", {}, "sparse.kind='nothing': unknown; known are esa, gsa"),
+        ("nothing", {}, "sparse.method='nothing': unknown; known are esa, gsa"),
         ("quest", {"strde": 1}, "sparse.options.strde: unknown key"),
         ("quest", {"stride": 0}, "sparse.options.stride=0"),
         ("esa", {"dense_layers": [9]}, "9 is no layer of 3"),

@@ -217,7 +217,7 @@ def test_a_model_that_cannot_be_identified_says_what_to_set(
         ({"options": {"share": "kv_head"}}, "share='kv_head': vLLM has one block table a layer"),
         ({"options": {"dense_layers": [1]}, "offload": True}, r"dense_layers=\[1\] need the whole"),
         ({"options": {"dense_layers": [2]}}, "2 is no layer of 2"),
-        ({"method": "nothing"}, "sparse.kind='nothing': unknown"),
+        ({"method": "nothing"}, "sparse.method='nothing': unknown"),
     ],
 )
 def test_sparse_methods_that_cannot_work_are_refused(

@@ -9,6 +9,7 @@ import pydantic
 
 from ucm_sdk import config
 from ucm_sdk.errors import ConfigError
+from ucm_sdk.position import METHODS as POSITIONS
 from ucm_sdk.sparse import METHODS, SparseBudget
 from ucm_sdk.store import check_store_options
 
@@ -69,6 +70,17 @@ class PrefillOffloadConfig(config.Strict):
     """Layers that the pool has room for: one computes while the others come and go."""
 
 
+class PositionConfig(config.Strict):
+    """Window extrapolation: requests longer than what the model was trained on."""
+
+    method: str
+    """At which positions distant tokens are seen, such as ``rerope`` or ``dual_chunk``."""
+    options: dict[str, Any] = pydantic.Field(default_factory=dict)
+    """Options of the method."""
+    trained_tokens: int | None = pydantic.Field(default=None, ge=1)
+    """The trained context; what the model's config.json says when not set."""
+
+
 class UcmConfig(config.Strict):
     """Everything that an adapter reads."""
 
@@ -84,6 +96,8 @@ class UcmConfig(config.Strict):
     """Sparse attention; none when not set."""
     prefill_offload: PrefillOffloadConfig | None = None
     """Prefill offload; none when not set."""
+    position: PositionConfig | None = None
+    """Window extrapolation; none when not set."""
     load_failure: Literal["recompute", "fail"] = "recompute"
     """What the engine does with a request whose load failed."""
 
@@ -98,6 +112,14 @@ def load_config(
     check_store_options(checked.store)
     if checked.sparse is not None:
         METHODS.get(checked.sparse.method)
+    if checked.position is not None:
+        POSITIONS.get(checked.position.method)
+    asked = [
+        n for n in ("sparse", "prefill_offload", "position") if getattr(checked, n) is not None
+    ]
+    if len(asked) > 1:
+        msg = f"{' and '.join(asked)}: each takes the place of the engine's attention; set one"
+        raise ConfigError(msg)
     if checked.prefill_offload is not None:
         _check_prefill_offload(checked)
     return checked
@@ -105,9 +127,6 @@ def load_config(
 
 def _check_prefill_offload(checked: UcmConfig) -> None:
     """Refuse what needs all layers of a block in the engine's pool."""
-    if checked.sparse is not None:
-        msg = "prefill_offload and sparse: both decide what the engine's pool holds; set one"
-        raise ConfigError(msg)
     for name, wanted in (("load_mode", "async"), ("save_mode", "step")):
         found = getattr(checked.connector, name)
         if found != wanted:

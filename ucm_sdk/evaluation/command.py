@@ -16,11 +16,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ucm_sdk.errors import ConfigError
-from ucm_sdk.evaluation import needles, report, texts
+from ucm_sdk.evaluation import needles, report, texts, window
 from ucm_sdk.evaluation.copying import CopyTask
 from ucm_sdk.evaluation.hashing import train_model
 from ucm_sdk.evaluation.llama import Llama
 from ucm_sdk.evaluation.sparse import CONTROLS, Point
+from ucm_sdk.position import make_position
 from ucm_sdk.sparse.kvcomp import write_projections
 
 app = typer.Typer(no_args_is_help=True, help="Judge methods with a real model.")
@@ -34,20 +35,26 @@ _NEEDLES: Final = ((1, 0.15), (1, 0.5), (1, 0.85), (5, 0.5))
 Model = Annotated[Path, typer.Argument(help="A Llama-type model with its tokenizer.")]
 
 
+def _options(method: str) -> tuple[str, list[tuple[str, Any]]]:
+    """Return the name and the options of ``NAME:key=value,key=value``."""
+    name, _, rest = method.partition(":")
+    options = []
+    for pair in rest.split(",") if rest else ():
+        key, _, text = pair.partition("=")
+        try:
+            options.append((key, json.loads(text)))
+        except ValueError:
+            options.append((key, text))
+    return name, options
+
+
 def _points(
     methods: Sequence[str], blocks: Sequence[int], budgets: Sequence[float], shares: Sequence[str]
 ) -> list[Point]:
-    """Return every setting; ``name:key=value,key=value`` is a method with options."""
+    """Return every setting."""
     points = []
     for block, budget, share, method in itertools.product(blocks, budgets, shares, methods):
-        name, _, rest = method.partition(":")
-        options = []
-        for pair in rest.split(",") if rest else ():
-            key, _, text = pair.partition("=")
-            try:
-                options.append((key, json.loads(text)))
-            except ValueError:
-                options.append((key, text))
+        name, options = _options(method)
         points.append(Point(name, block, budget, share, tuple(options)))
     return points
 
@@ -204,6 +211,54 @@ def evaluate_needles(
                 "interval": [low, high],
             }
         )
+    output.write_text(json.dumps(rows, indent=1) + "\n")
+    _print({name: str(value) for name, value in row.items()} for row in rows)
+
+
+@app.command("window")
+def evaluate_window(
+    model: Model,
+    *,
+    output: Annotated[Path, typer.Option(help="JSON.")] = Path("build/eval-window.json"),
+    length: Annotated[list[int], typer.Option(help="Tokens of context before what is scored.")] = [
+        8192,
+        12288,
+        16384,
+    ],
+    keys: Annotated[list[int], typer.Option(help="Tokens of texts with pass keys.")] = [
+        4096,
+        16384,
+    ],
+    method: Annotated[list[str], typer.Option(help="NAME or NAME:key=value,...")] = [
+        "plain",
+        "dynamic_ntk",
+        "yarn",
+        "rerope",
+        "leaky_rerope",
+        "self_extend",
+        "dual_chunk",
+    ],
+    documents: Annotated[Path | None, typer.Option(help="A directory of .txt files.")] = None,
+) -> None:
+    """Score the same tokens after ever longer contexts, and ask for pass keys in long texts."""
+    setting = {"model": model.name, "longest": max(length)}
+    journal = _Journal(output.with_suffix(".jsonl"), setting)
+    done = {(row["method"], row["document"], row["what"], row["tokens"]) for row in journal.rows}
+    read = texts.long() if documents is None else texts.from_directory(documents)
+    todo = list(window.tasks([(one.name, one.text) for one in read], length, keys=keys))
+    encode, llama = _tokenizer(model), Llama(model)
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("judging", total=len(todo) * len(method))
+        for task, label in itertools.product(todo, method):
+            progress.update(bar, description=f"{label} {task.document} {task.tokens} {task.what}")
+            if (label, task.document, task.what, task.tokens) not in done:
+                name, options = _options(label)
+                position = make_position(name, llama.rope, options=dict(options))
+                found = window.measure(llama, encode, position, task, longest=max(length))
+                row = {"method": label, "document": task.document, "what": task.what}
+                journal.add({**row, "tokens": task.tokens, **found})
+            progress.advance(bar)
+    rows = report.summarise_window(journal.rows)
     output.write_text(json.dumps(rows, indent=1) + "\n")
     _print({name: str(value) for name, value in row.items()} for row in rows)
 

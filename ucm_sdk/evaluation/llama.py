@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import numpy as np
 
 from ucm_sdk.errors import ConfigError
+from ucm_sdk.position.rope import make_rope, rotate, tables
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -118,10 +119,9 @@ class Llama:
         )
         self.context_tokens = int(config["max_position_embeddings"])
         self._epsilon = np.float32(config["rms_norm_eps"])
-        rope = config.get("rope_parameters") or {}
-        theta = float(config.get("rope_theta") or rope.get("rope_theta", 10000.0))
-        half = np.arange(0, self.head_size, 2, dtype=np.float64) / self.head_size
-        self._frequencies = theta**-half
+        rope = dict(config.get("rope_parameters") or {})
+        rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
+        self.rope = make_rope(rope, head_size=self.head_size, context_tokens=self.context_tokens)
         weights = load_file(directory / "model.safetensors")
         self._weights = {
             # Of matrices the transpose; vectors have none.
@@ -141,10 +141,15 @@ class Llama:
             0,
         )
 
-    def prefill(self, tokens: NDArray[np.int64], cache: KVCache) -> KVCache:
-        """Return the cache after ``tokens``, computed densely; shares the cache's memory."""
+    def prefill(
+        self,
+        tokens: NDArray[np.int64],
+        cache: KVCache,
+        attention: Attention = dense_attention,
+    ) -> KVCache:
+        """Return the cache after ``tokens``; shares the cache's memory."""
         for first in range(0, len(tokens), _CHUNK):
-            cache, _ = self._forward(tokens[first : first + _CHUNK], cache, dense_attention)
+            cache, _ = self._forward(tokens[first : first + _CHUNK], cache, attention)
         return cache
 
     def logits(
@@ -169,10 +174,10 @@ class Llama:
 
     def rotate(self, vectors: Floats, positions: NDArray[np.int64]) -> Floats:
         """Return ``vectors`` ``[..., T, d]`` with RoPE for ``positions`` ``[T]``."""
-        angles = positions[:, None] * self._frequencies
-        cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-        first, second = np.split(vectors, 2, axis=-1)
-        return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+        turned: Floats = rotate(
+            vectors, *tables(self.rope.angles(positions.astype(np.float64)), vectors)
+        )
+        return turned
 
     def _forward(
         self, tokens: NDArray[np.int64], cache: KVCache, attention: Attention

@@ -22,7 +22,7 @@ from ucm_sdk.evaluation.sparse import Point, SparseAttention
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ucm_sdk.evaluation.llama import KVCache, Llama
+    from ucm_sdk.evaluation.llama import Attention, KVCache, Llama
 
 _NAMES: Final = ("red", "blue", "green", "silver", "purple")
 _DIGITS: Final = 5
@@ -80,9 +80,7 @@ def build(
     return np.array(prompt), items
 
 
-def answers(
-    model: Llama, cache: KVCache, item: Item, attention: SparseAttention | None = None
-) -> bool:
+def answers(model: Llama, cache: KVCache, item: Item, attention: Attention | None = None) -> bool:
     """Return whether greedy decoding gives the answer."""
     given = np.concatenate([item.question, item.answer[:-1]])
     logits = model.logits(given, cache, *(() if attention is None else (attention,)))

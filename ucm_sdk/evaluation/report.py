@@ -54,6 +54,26 @@ def summarise(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (*(row[name] for name in _SETTING[1:]), row["copy_kl"]))
 
 
+def summarise_window(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return one row per method: losses in nats by context, and right answers by context."""
+    grouped = defaultdict(list)
+    for result in results:
+        grouped[result["method"]].append(result)
+    rows = []
+    for method, members in grouped.items():
+        row: dict[str, Any] = {"method": method}
+        for tokens in sorted({one["tokens"] for one in members if one["what"] == "loss"}):
+            losses = [one["loss"] for one in members if one["tokens"] == tokens and "loss" in one]
+            row[f"loss_{tokens}"] = round(float(np.mean(losses)), 4)
+        for tokens in sorted({one["tokens"] for one in members if one["what"] == "keys"}):
+            some = [one for one in members if one["tokens"] == tokens and "right" in one]
+            right, asked = (sum(one[name] for one in some) for name in ("right", "asked"))
+            row[f"keys_{tokens}"] = f"{right}/{asked}"
+        row["documents"] = len({one["document"] for one in members})
+        rows.append(row)
+    return rows
+
+
 def table(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Return the rows as text, with short names."""
     return [

@@ -56,6 +56,16 @@ def reported() -> list[Document]:
     return documents
 
 
+def long() -> list[Document]:
+    """Return texts of more than 20,000 tokens each, of the manual and of code."""
+    modules = ("argparse.py", "subprocess.py", "tarfile.py", "inspect.py")
+    return [
+        Document("manual-long", _manual(0, 12)),
+        Document("code-long-1", "\n".join(map(_module, modules[:2]))),
+        Document("code-long-2", "\n".join(map(_module, modules[2:]))),
+    ]
+
+
 def tuning() -> list[Document]:
     """Return texts that a method may be tuned on."""
     documents = [

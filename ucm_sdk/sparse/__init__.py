@@ -39,6 +39,7 @@ __all__ = [
 METHODS: Final = Registry(
     "sparse",
     group="ucm_sdk.sparse_methods",
+    key="method",
     built_in={
         "esa": "ucm_sdk.sparse.esa:Esa",
         "gsa": "ucm_sdk.sparse.gsa:Gsa",

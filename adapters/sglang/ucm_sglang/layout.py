@@ -138,9 +138,10 @@ def check_attention(server: Any, ucm: UcmConfig) -> None:
     if ucm.sparse is not None and "ucm_sparse" not in asked:
         msg = "sparse: start SGLang with --attention-backend ucm_sparse, or leave it out"
         raise ConfigError(msg)
-    if ucm.prefill_offload is not None:
-        msg = "prefill_offload: only vLLM's adapter does it so far; leave it out for SGLang"
-        raise ConfigError(msg)
+    for name in ("prefill_offload", "position"):
+        if getattr(ucm, name) is not None:
+            msg = f"{name}: only vLLM's adapter does it so far; leave it out for SGLang"
+            raise ConfigError(msg)
 
 
 def make_namespace(server: Any, model: ModelConfig, pool: Any, ucm: UcmConfig) -> Namespace:

@@ -2,10 +2,11 @@
 """vLLM's CPU attention with hooks.
 
 Under sparse attention, rows that decode one token may attend to a part of their KV; under prefill
-offload, a layer's KV comes before it is written to and goes after it was attended to.
+offload, a layer's KV comes before it is written to and goes after it was attended to; under window
+extrapolation, long requests see distant tokens at other positions.
 
 The backend takes the place of vLLM's own under its own name, and is vLLM's own wherever the
-connector's configuration asks for neither.
+connector's configuration asks for none of them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from ucm_sdk.connector import UcmConfig, load_config
 from ucm_vllm.pool import SparseSpec, StreamedSpec
-from ucm_vllm.streaming import VllmLayers
 
 CONNECTORS = ("UcmConnector", "KVStoreConnector")
 
@@ -59,9 +59,8 @@ class SparseAttentionImpl(CPUAttentionBackendImpl):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Attend as vLLM does, with the block tables that the connector's worker side makes."""
-        if attn_metadata is not None and has_kv_transfer_group():
-            connector = get_kv_transfer_group()
-            sparse = getattr(connector, "sparse", None)
+        if attn_metadata is not None:
+            sparse = _of_connector("sparse")
             if sparse is not None:
                 attn_metadata = sparse.rewrite(layer.layer_name, query, kv_cache, attn_metadata)
         return super().forward(
@@ -69,8 +68,43 @@ class SparseAttentionImpl(CPUAttentionBackendImpl):
         )
 
 
-class SparseMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Gives each step's metadata what is needed to change its lengths."""
+class PositionAttentionImpl(CPUAttentionBackendImpl):
+    """One layer's attention, with other positions for requests beyond a window."""
+
+    def forward(  # noqa: PLR0917 - vLLM's signature
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        output: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Attend as vLLM does to all but the long requests."""
+        position = _of_connector("position") if attn_metadata is not None else None
+        rows = position.long_rows(attn_metadata) if position is not None else []
+        if position is None or attn_metadata is None or not rows:
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
+            )
+        others = sorted({*range(len(attn_metadata.seq_lens))} - {*rows})
+        if others:
+            builder: Any = attn_metadata.ucm_builder
+            metadata, tokens = builder.with_rows(attn_metadata, others)
+            part = torch.empty_like(output[tokens])
+            super().forward(
+                layer, query[tokens], key[tokens], value[tokens], kv_cache, metadata, part
+            )
+            output[tokens] = part
+        position.attend(rows, query, kv_cache, attn_metadata, output.view_as(query), self.scale)
+        return output
+
+
+class UcmMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Gives each step's metadata what is needed to change its lengths and its rows."""
 
     def build(self, *args: Any, **kwargs: Any) -> CPUAttentionMetadata:
         """Return the step's metadata."""
@@ -93,6 +127,28 @@ class SparseMetadataBuilder(CPUAttentionMetadataBuilder):
         changed.max_seq_len = int(lengths.max())
         changed.scheduler_metadata = schedules[key]
         return changed
+
+    def with_rows(
+        self, metadata: CPUAttentionMetadata, rows: list[int]
+    ) -> tuple[CPUAttentionMetadata, torch.Tensor]:
+        """Return ``metadata`` of some rows only, and the numbers of their tokens."""
+        starts = metadata.query_start_loc.tolist()
+        spans = [range(starts[row], starts[row + 1]) for row in rows]
+        ends = torch.tensor([0, *(len(span) for span in spans)], dtype=torch.int32).cumsum(0)
+        tokens = torch.tensor([token for span in spans for token in span])
+        changed = copy.copy(metadata)
+        changed.query_start_loc = ends.to(metadata.query_start_loc.dtype)
+        changed.seq_lens = metadata.seq_lens[rows]
+        changed.block_table = metadata.block_table[rows]
+        changed.slot_mapping = metadata.slot_mapping[tokens]
+        changed.num_actual_tokens = len(tokens)
+        changed.max_query_len = max(map(len, spans))
+        changed.max_seq_len = int(changed.seq_lens.max())
+        key = tuple(rows)
+        if key not in metadata.ucm_schedules:
+            metadata.ucm_schedules[key] = self._schedule(changed, changed.seq_lens)
+        changed.scheduler_metadata = metadata.ucm_schedules[key]
+        return changed, tokens
 
     def _schedule(self, metadata: CPUAttentionMetadata, lengths: torch.Tensor) -> torch.Tensor:
         return ops.cpu_attn_get_scheduler_metadata(
@@ -119,23 +175,24 @@ class StreamedAttentionImpl(CPUAttentionBackendImpl):
         """Write the step's keys and values once the layer has come."""
         name, metadata = layer.layer_name, get_forward_context().attn_metadata
         # vLLM warms up without any.
-        if isinstance(metadata, dict) and (stream := _stream()) is not None:
+        if isinstance(metadata, dict) and (stream := _of_connector("layers")) is not None:
             stream.enter(name, metadata[name])
         super().do_kv_cache_update(layer, *args, **kwargs)
 
     def forward(self, layer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Attend as vLLM does, and let the layer go."""
         output = super().forward(layer, *args, **kwargs)
-        if get_forward_context().attn_metadata is not None and (stream := _stream()) is not None:
+        if (
+            get_forward_context().attn_metadata is not None
+            and (stream := _of_connector("layers")) is not None
+        ):
             stream.leave(layer.layer_name)
         return output
 
 
-def _stream() -> VllmLayers | None:
-    if not has_kv_transfer_group():
-        return None
-    stream: VllmLayers | None = getattr(get_kv_transfer_group(), "layers", None)
-    return stream
+def _of_connector(name: str) -> Any:
+    """Return what the worker's connector has under ``name``; None while there is none."""
+    return getattr(get_kv_transfer_group(), name, None) if has_kv_transfer_group() else None
 
 
 class UcmCPUBackend(CPUAttentionBackend):
@@ -155,16 +212,21 @@ class UcmCPUBackend(CPUAttentionBackend):
         if asked is None or config is None:
             return CPUAttentionBackendImpl
         UcmCPUBackend.layers = config.model_config.get_num_layers(config.parallel_config)
-        if asked.sparse is not None:
-            return SparseAttentionImpl
-        return CPUAttentionBackendImpl if asked.prefill_offload is None else StreamedAttentionImpl
+        for part, implementation in (
+            (asked.sparse, SparseAttentionImpl),
+            (asked.prefill_offload, StreamedAttentionImpl),
+            (asked.position, PositionAttentionImpl),
+        ):
+            if part is not None:
+                return implementation
+        return CPUAttentionBackendImpl
 
     @staticmethod
     def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
         """Return the builder for the engine that is being built."""
         asked = UcmCPUBackend.built_for
-        sparse = asked is not None and asked.sparse is not None
-        return SparseMetadataBuilder if sparse else CPUAttentionMetadataBuilder
+        changing = asked is not None and (asked.sparse or asked.position) is not None
+        return UcmMetadataBuilder if changing else CPUAttentionMetadataBuilder
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:

@@ -26,6 +26,7 @@ from vllm.v1.request import Request
 from ucm_sdk.connector import SparsePlan, StepPlan, WorkerReport, load_config
 from ucm_vllm import compat
 from ucm_vllm.metrics import UcmPromMetrics, UcmStats
+from ucm_vllm.position import VllmPosition
 from ucm_vllm.scheduler import VllmScheduler
 from ucm_vllm.sparse import VllmSparse
 from ucm_vllm.streaming import VllmLayers
@@ -139,6 +140,11 @@ class UcmConnector(KVConnectorBase_V1):
     def sparse(self) -> VllmSparse | None:
         """What this worker's attention asks in every layer; None without sparse attention."""
         return self._worker.sparse if self._worker is not None else None
+
+    @property
+    def position(self) -> VllmPosition | None:
+        """Who attends to long requests; None without window extrapolation."""
+        return self._worker.position if self._worker is not None else None
 
     @property
     def layers(self) -> VllmLayers | None:

@@ -17,6 +17,9 @@ from ucm_sdk.model_identity import config_digest, find_model, model_identity, ro
 from ucm_vllm import compat
 from ucm_vllm.pool import SparseSpec, StreamedSpec
 
+TRANSPOSED_KEYS = ("vec", "vec16", "neon")
+"""Instruction sets whose pages hold, per head, K as [head_size, tokens] and then V."""
+
 
 def _refuse(what: str) -> NoReturn:
     msg = f"{what}: start vLLM without kv_connector=UcmConnector"
@@ -98,6 +101,9 @@ def make_namespace(config: VllmConfig, kv_config: KVCacheConfig, ucm: UcmConfig)
             str(config.speculative_config.method),
             str(config.speculative_config.model),
         ]
+    if ucm.position is not None:
+        # What follows the window is computed with other distances.
+        extra["position"] = ucm.position.model_dump(mode="json")
     return Namespace(
         model=ucm.model_identity or model_identity(find_model(model.model, model.revision)),
         compute_dtype=dtype_name(model.dtype),

@@ -22,14 +22,12 @@ from ucm_sdk.sparse import (
     make_method,
 )
 from ucm_sdk.sparse.kernels import known_mass
+from ucm_vllm.layout import TRANSPOSED_KEYS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import FullAttentionSpec
-
-_TRANSPOSED_KEYS = ("vec", "vec16", "neon")
-"""Instruction sets whose pages hold, per head, K as [head_size, tokens] and then V."""
 
 
 def make_sparse_method(
@@ -134,7 +132,7 @@ class VllmSparse:
         self, layer_name: str, kv_cache: torch.Tensor, metadata: CPUAttentionMetadata
     ) -> None:
         isa = metadata.ucm_builder.isa
-        if isa not in _TRANSPOSED_KEYS or kv_cache.shape[2] != self._method.geometry.block_tokens:
+        if isa not in TRANSPOSED_KEYS or kv_cache.shape[2] != self._method.geometry.block_tokens:
             msg = (
                 f"sparse attention cannot read the keys of layer {layer_name}: pages of "
                 f"{kv_cache.shape[2]} tokens for instruction set {isa!r}; use --dtype float32 and "

@@ -28,6 +28,7 @@ from ucm_vllm.layout import (
     open_shared_store,
 )
 from ucm_vllm.pool import StreamedSpec
+from ucm_vllm.position import VllmPosition, make_position_method
 from ucm_vllm.sparse import VllmSparse, make_sparse_method
 from ucm_vllm.streaming import VllmLayers, check_host_memory
 
@@ -59,7 +60,7 @@ class VllmWorker:
             name: index for index, name in enumerate(kv_config.kv_cache_groups[0].layer_names)
         }
         spec = check_supported(config, kv_config)
-        for name in ("sparse", "prefill_offload"):
+        for name in ("sparse", "prefill_offload", "position"):
             if getattr(ucm, name) is not None and UcmCPUBackend.built_for is None:
                 msg = (
                     f"{name}: vLLM has built its attention without ucm_vllm's; the plugin 'ucm' "
@@ -69,6 +70,9 @@ class VllmWorker:
                 raise ConfigError(msg)
         if ucm.sparse is not None:
             self._sparse_method = make_sparse_method(ucm.sparse, config, spec, len(self._layers))
+        self.position = None
+        if ucm.position is not None:
+            self.position = VllmPosition(make_position_method(ucm.position, config, spec))
         self._device_layers = 0
         if isinstance(spec, StreamedSpec):
             if config.speculative_config is not None:
