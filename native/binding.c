@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 #include "ucm/segments.h"
+#include "ucm/attend.h"
 #include "ucm/crc32c.h"
 #include "ucm/pool.h"
 #include "ucm/recut.h"

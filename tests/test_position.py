@@ -11,6 +11,7 @@ import pytest
 
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.position import METHODS, Rope, make_position, make_rope
+from ucm_sdk.position.paged import PagedAttention, Pages
 from ucm_sdk.position.rope import rotate, tables
 
 HEADS, GROUP, SIZE, CONTEXT = 2, 3, 16, 24
@@ -181,3 +182,29 @@ def test_channels_beyond_the_rotated_ones_stay() -> None:
     found = rotate(vectors, *tables(rope.angles(np.arange(5.0)), vectors))
     assert (found[..., SIZE // 2 :] == vectors[..., SIZE // 2 :]).all()
     assert not np.allclose(found[:, 1:, : SIZE // 2], vectors[:, 1:, : SIZE // 2])
+
+
+@pytest.mark.parametrize(("length", "rows"), [(64, 64), (200, 1), (200, 60), (333, 150)])
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_pages_in_c_give_the_same(
+    name: str, options: dict[str, Any], length: int, rows: int
+) -> None:
+    tokens = 32
+    q, k, v = (array.astype(np.float32) for array in drawn(length, rows))
+    method = make_position(name, ROPE, options=options)
+    wanted = method.attend(q, k, v, scale=SCALE)
+    count = -(-length // tokens)
+    # Pages lie anywhere, and what is behind the last token may be anything finite.
+    numbers = np.random.default_rng(1).permutation(count + 3)[:count].astype(np.int32)
+    memory = np.full((count + 3, HEADS, 2, SIZE * tokens), 1e30, np.float32)
+    for page, number in enumerate(numbers):
+        part = slice(page * tokens, min((page + 1) * tokens, length))
+        there = part.stop - part.start
+        for head in range(HEADS):
+            memory[number, head, 0].reshape(SIZE, tokens)[:, :there] = k[head, part].T
+            memory[number, head, 1].reshape(tokens, SIZE)[:there] = v[head, part]
+    pages = Pages(memory.ctypes.data, *memory.strides[:2], numbers, tokens, SIZE)
+    paged = PagedAttention(method, scale=SCALE)
+    for _ in range(2):
+        found = paged.attend(q.transpose(2, 0, 1, 3).copy(), pages, length=length)
+        assert found.transpose(1, 2, 0, 3) == pytest.approx(wanted, abs=2e-5)

@@ -209,3 +209,16 @@ int ucm_choose_by_axes(const ucm_score_shape *shape, const ucm_axes *axes, uint3
         status = ucm_select(votes + i * blocks, shape->blocks, wanted, chosen + (size_t)i * wanted);
     return status;
 }
+
+int ucm_attend(const ucm_pages *pages, const ucm_region *regions, uint32_t region_count,
+               const ucm_attend_part *part, float *peaks, float *sums, float *outputs)
+{
+    const uint32_t tokens = pages->tokens, size = pages->size;
+    if (!tokens || tokens % UCM_ATTEND_TOKENS || !size || size % UCM_ATTEND_SIZE ||
+        tokens > UCM_ATTEND_MOST / UCM_ATTEND_SIZE || size > UCM_ATTEND_MOST / tokens)
+        return UCM_INVALID;
+    if (!part->group || 2 * (uint64_t)part->pairs > size || part->first_row > part->last_row)
+        return UCM_INVALID;
+    variant()->attend(pages, regions, region_count, part, peaks, sums, outputs);
+    return UCM_OK;
+}

@@ -314,6 +314,7 @@ static void tables_scores(const ucm_score_shape *shape, uint32_t planes, uint32_
             })
 }
 
+#include "attend_template.h"
 #include "choice_template.h"
 
 const ucm_score_variant NAME = {
@@ -327,4 +328,5 @@ const ucm_score_variant NAME = {
     .axes_codes = axes_codes,
     .mass = mass,
     .vote = vote,
+    .attend = attend,
 };

@@ -2,6 +2,7 @@
 #ifndef UCM_SCORE_VARIANTS_H
 #define UCM_SCORE_VARIANTS_H
 
+#include "ucm/attend.h"
 #include "ucm/score.h"
 
 /* One file per instruction set fills one of these; the contracts are those of ucm/score.h, without
@@ -24,6 +25,8 @@ typedef struct {
     void (*mass)(const ucm_keys *, const int32_t *, uint32_t, uint32_t, uint32_t, uint32_t,
                  const float *, float *);
     void (*vote)(const ucm_score_shape *, int, int, const float *, const float *, float *);
+    void (*attend)(const ucm_pages *, const ucm_region *, uint32_t, const ucm_attend_part *,
+                   float *, float *, float *);
 } ucm_score_variant;
 
 extern const ucm_score_variant ucm_score_portable;

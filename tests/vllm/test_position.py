@@ -128,7 +128,10 @@ def test_what_cannot_work_is_refused(job: Job, tmp_path: Path) -> None:
     longer = {"max_position_embeddings": 16384}
     results = side_by_side(
         [
-            partial(beyond, hf_overrides={"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}} | longer),
+            partial(
+                beyond,
+                hf_overrides={"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}} | longer,
+            ),
             partial(job, wide, batch, fails=True),
         ]
     )

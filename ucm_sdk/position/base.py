@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     Doubles = NDArray[np.float64]
 
-_SCORES: Final = 1 << 23
-"""Most scores that one tile holds at a time."""
+_SCORES: Final = 1 << 21
+"""Most scores that one tile holds at a time: what a processor's caches hold."""
 _FEWEST_ROWS: Final = 16
 _LENGTH_STEP: Final = 256
 """Lengths in which frequencies that depend on the length change: keys are rotated anew then."""
@@ -111,10 +111,12 @@ class PositionMethod(ABC):
         xp = array_namespace(queries)
         total, rows = keys.shape[-2], queries.shape[-2]
         begin = total - rows
-        outputs = [
-            self._tile(queries[:, :, first - begin : last - begin, :], keys, values, first, scale)
-            for first, last in self._tiles(begin, total, queries.shape[0] * queries.shape[1])
-        ]
+        # Every tile sees the same keys, so they are rotated once for all.
+        turned: dict[str | None, Array] = {None: keys}
+        outputs = []
+        for first, last in self._tiles(begin, total, queries.shape[0] * queries.shape[1]):
+            rows = queries[:, :, first - begin : last - begin, :]
+            outputs.append(self._tile(rows, turned, values, first, scale))
         return outputs[0] if len(outputs) == 1 else xp.concat(outputs, axis=2)
 
     def _tiles(self, begin: int, total: int, heads: int) -> Iterator[tuple[int, int]]:
@@ -124,24 +126,32 @@ class PositionMethod(ABC):
             for row in range(first, last, most):
                 yield row, min(row + most, last)
 
-    def _tile(self, queries: Array, keys: Array, values: Array, first: int, scale: float) -> Array:
+    def _tile(
+        self,
+        queries: Array,
+        turned: dict[str | None, Array],
+        values: Array,
+        first: int,
+        scale: float,
+    ) -> Array:
         xp = array_namespace(queries)
         heads, group, rows, size = queries.shape
-        length = keys.shape[-2]
-        factors = self._factors(first, first + rows, length) * scale
+        length = values.shape[-2]
+        factors = self.factors(first, first + rows, length) * scale
         queries = queries * xp.asarray(
             factors.astype(np.float32)[:, None], dtype=queries.dtype, device=device(queries)
         )
         scores = []
         seen = self.regions(first, first + rows)
         for region in seen:
-            turned = queries
+            asking = queries
             if region.queries is not None:
-                own = np.arange(first, first + rows, dtype=np.float64)
-                angles = self.rope.angles(region.queries, self.frequencies(length))
-                turned = rotate(queries, *tables(angles - self.rope.angles(own), queries))
-            some = self._keys(region, keys, length)
-            flat = xp.reshape(turned, (heads, group * rows, size))
+                angles = self.query_angles(region, first, first + rows, length)
+                asking = rotate(queries, *tables(angles, queries))
+            if region.keys is not None and region.keys not in turned:
+                turned[region.keys] = self._turned(region.keys, turned[None], length)
+            some = turned[region.keys][:, region.first : region.last, :]
+            flat = xp.reshape(asking, (heads, group * rows, size))
             found = xp.matmul(flat, xp.matrix_transpose(some))
             found = xp.reshape(found, (heads, group, rows, region.last - region.first))
             scores.append(_masked(found, region, first))
@@ -161,7 +171,7 @@ class PositionMethod(ABC):
             output = part if output is None else output + part
         return output / total
 
-    def _factors(self, first: int, last: int, length: int) -> Doubles:
+    def factors(self, first: int, last: int, length: int) -> Doubles:
         """Return what each query's scores are multiplied by."""
         found = np.full(last - first, self.temperature(length))
         if self.options.log_n:
@@ -170,24 +180,34 @@ class PositionMethod(ABC):
             found *= np.maximum(1.0, np.log(tokens) / trained)
         return found
 
-    def _keys(self, region: Region, keys: Array, length: int) -> Array:
-        some = keys[:, region.first : region.last, :]
-        if region.keys is None:
-            return some
-        cos, sin = self._tables(region.keys, region.last, length, keys)
-        return rotate(some, cos[region.first : region.last], sin[region.first : region.last])
+    def query_angles(self, region: Region, first: int, last: int, length: int) -> Doubles:
+        """Return the angles ``[T, r/2]`` from the queries' own positions to a region's."""
+        own = np.arange(first, last, dtype=np.float64)
+        there = own if region.queries is None else region.queries
+        return self.rope.angles(there, self.frequencies(length)) - self.rope.angles(own)
 
-    def _tables(self, rule: str, tokens: int, length: int, like: Array) -> tuple[Array, Array]:
-        """Return the rotations from the keys' own positions to a rule's, of at least ``tokens``."""
+    def key_angles(self, rule: str, tokens: int, length: int) -> Doubles:
+        """Return the angles ``[tokens, r/2]`` from the keys' own positions to a rule's."""
+        own = np.arange(tokens, dtype=np.float64)
+        there = self.key_positions(rule, own)
+        return self.rope.angles(there, self.frequencies(length)) - self.rope.angles(own)
+
+    def _turned(self, rule: str, keys: Array, length: int) -> Array:
+        """Return all ``keys`` at a rule's positions."""
+        cos, sin = self._tables(rule, length, like=keys)
+        return rotate(keys, cos[:length], sin[:length])
+
+    def _tables(self, rule: str, length: int, *, like: Array) -> tuple[Array, Array]:
+        """Return the rotations from the keys' own positions to a rule's, of all of them or more."""
         frequencies = self.frequencies(length)
         kind = (rule, str(like.dtype), str(device(like)), frequencies.tobytes())
         found = self._cached.get(kind)
-        if found is None or found[0].shape[0] < tokens:
-            own = np.arange(1 << max(10, (tokens - 1).bit_length()), dtype=np.float64)
-            there = self.rope.angles(self.key_positions(rule, own), frequencies)
+        if found is None or found[0].shape[0] < length:
+            many = 1 << max(10, (length - 1).bit_length())
+            angles = self.key_angles(rule, many, length)
             # Of each rule the last one only: frequencies may change with the length.
             self._cached = {k: v for k, v in self._cached.items() if k[:3] != kind[:3]}
-            found = self._cached[kind] = tables(there - self.rope.angles(own), like)
+            found = self._cached[kind] = tables(angles, like)
         return found
 
 
