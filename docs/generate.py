@@ -24,8 +24,11 @@ from pydantic.fields import FieldInfo
 
 from ucm_sdk import telemetry
 from ucm_sdk.connector import ConnectorOptions, SparseConfig, UcmConfig
-from ucm_sdk.connector.options import PrefillOffloadConfig
+from ucm_sdk.connector.options import PositionConfig, PrefillOffloadConfig
 from ucm_sdk.errors import Status
+from ucm_sdk.position import METHODS as POSITIONS
+from ucm_sdk.position import PositionMethod, PositionOptions
+from ucm_sdk.registry import Registry
 from ucm_sdk.sparse import METHODS, MethodOptions, SparseBudget, UcmSparseBase
 from ucm_sdk.store import STORES, store_class
 
@@ -49,6 +52,7 @@ PROCESSORS: Final = "the number of processors, at least 2 and at most 4"
 COMPUTED_DEFAULTS: Final = {
     ("FileOptions", "io_threads"): PROCESSORS,
     ("SharedMemoryOptions", "io_threads"): PROCESSORS,
+    ("PositionConfig", "options"): "none",
     ("SparseConfig", "options"): "none",
 }
 """Defaults that depend on the machine, in words."""
@@ -264,8 +268,10 @@ def configuration() -> str:
     lines += model_section("`connector`", ConnectorOptions)
     lines += model_section("`sparse`", SparseConfig)
     lines += model_section("`prefill_offload`", PrefillOffloadConfig)
+    lines += model_section("`position`", PositionConfig)
     lines += model_section("`sparse.budget`", SparseBudget)
-    lines += method_sections()
+    lines += method_sections("sparse.options", METHODS, UcmSparseBase, MethodOptions)
+    lines += method_sections("position.options", POSITIONS, PositionMethod, PositionOptions)
     for kind in built_in_stores():
         lines += model_section(f"`store`, with `kind = {kind}`", store_class(kind).Options)
     lines += [
@@ -276,23 +282,28 @@ def configuration() -> str:
     return "\n".join(lines) + "\n"
 
 
-def method_sections() -> list[str]:
-    """Return the options that all sparse methods have, and what each one has of its own."""
-    lines = model_section("`sparse.options`, of every method", MethodOptions)
-    common = set(MethodOptions.model_fields)
-    for name in METHODS.names():
-        method = METHODS.get(name)
+def method_sections(
+    where: str,
+    methods: Registry,
+    base: type[UcmSparseBase | PositionMethod],
+    options: type[pydantic.BaseModel],
+) -> list[str]:
+    """Return the options that all methods of a kind have, and what each one has of its own."""
+    lines = model_section(f"`{where}`, of every method", options)
+    common = set(options.model_fields)
+    for name in methods.names():
+        method: Any = methods.get(name)
         assert isinstance(method, type)
-        assert issubclass(method, UcmSparseBase)
+        assert issubclass(method, base)
         if not method.__module__.startswith("ucm_sdk."):
             continue
         own = [
             key
             for key, field in method.Options.model_fields.items()
-            if key not in common or field.default != MethodOptions.model_fields[key].default
+            if key not in common or field.default != options.model_fields[key].default
         ]
         if own:
-            lines += model_section(f"`sparse.options`, with `method = {name}`", method.Options, own)
+            lines += model_section(f"`{where}`, with `method = {name}`", method.Options, own)
     return lines
 
 

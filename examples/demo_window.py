@@ -25,7 +25,8 @@ LONG = 2 * TRAINED
 SCORED = 512
 CONTEXTS = (TRAINED, TRAINED + TRAINED // 2, LONG)
 METHODS = ("plain", "rerope")
-KEYS = ("red", "blue", "green", "silver", "purple")
+DEPTHS = (0.25, 0.5, 0.75)
+"""Where in a text its pass key is hidden; a text has one."""
 ROOM = 64
 MOST_LOST = 0.05
 """Nats that twice the trained context may cost."""
@@ -88,46 +89,44 @@ def serve(model: str, store: str, method: str) -> None:
         sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, **more)
         return llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)[0]
 
-    def hide(tokens: int) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
-        """Return a text with all keys, and the questions with their answers."""
-        generator = random.Random(tokens)  # noqa: S311 - reproducible, not secret
-        numbers = ["".join(generator.choices("123456789", k=5)) for _ in KEYS]
-        hay, prompt = iter(encode(text())), []
-        for name, number in zip(KEYS, numbers, strict=True):
-            prompt += [next(hay) for _ in range(tokens // len(KEYS) - 20)]
-            prompt += encode(f"\n\nThe {name} pass key is {number}. Remember it.\n\n")
-        asked = [
-            (encode(f"\n\nWhat is the {name} pass key? The {name} pass key is "), encode(number))
-            for name, number in zip(KEYS, numbers, strict=True)
-        ]
-        return prompt, asked
+    def hide(tokens: int, depth: float) -> tuple[list[int], list[int]]:
+        """Return a text of ``tokens`` tokens that asks for a key in it, and the key."""
+        generator = random.Random(f"{tokens} {depth}")  # noqa: S311 - reproducible, not secret
+        number = "".join(generator.choices("123456789", k=5))
+        needle = encode(f"\n\nThe pass key is {number}. Remember it.\n\n")
+        question = encode("\n\nWhat is the pass key? The pass key is ")
+        hay = encode(text())[: tokens - len(needle) - len(question)]
+        place = int(depth * len(hay))
+        return hay[:place] + needle + hay[place:] + question, encode(number)
 
     result: dict[str, Any] = {"method": method, "loss": {}, "keys": {}, "seconds": {}}
-    for tokens in (SHORT, LONG):
-        prompt, asked = hide(tokens)
-        began = time.monotonic()
-        generate(prompt, 1)
-        result["seconds"][f"prefill_{tokens}"] = time.monotonic() - began
-        right = 0
-        for question, answer in asked:
-            found = generate(prompt + question, len(answer))
-            right += list(found.outputs[0].token_ids) == answer
-        result["keys"][str(tokens)] = right
-        began = time.monotonic()
-        generate(prompt, 1 + ROOM // 2)
-        result["seconds"][f"decode_{tokens}"] = (time.monotonic() - began) / (ROOM // 2)
-        print(
-            json.dumps({"progress": f"{right} of {len(KEYS)} keys in {tokens} tokens"}), flush=True
-        )
+
+    def tell(progress: str) -> None:
+        print(json.dumps({"progress": progress}), flush=True)
+
+    generate(encode(text())[1000:1300], 2)  # pays the first-request costs
     ids = encode(text())[: LONG + SCORED]
-    for context in CONTEXTS:
+    # What the model's own positions are worth within its context is not in question.
+    for context in CONTEXTS if method != "plain" else (TRAINED, LONG):
         # The same tokens, after ever longer texts that all end before them.
         prompt = ids[LONG - context :]
-        rows = generate(prompt, 1, prompt_logprobs=0).prompt_logprobs[-SCORED:]
+        began = time.monotonic()
+        output = generate(prompt, 1, prompt_logprobs=0)
+        result["seconds"][str(context)] = time.monotonic() - began
+        rows = output.prompt_logprobs[-SCORED:]
         losses = [-row[id].logprob for row, id in zip(rows, prompt[-SCORED:], strict=True)]
         result["loss"][str(context)] = sum(losses) / len(losses)
-        done = f"loss after {context} tokens {result['loss'][str(context)]:.3f}"
-        print(json.dumps({"progress": done}), flush=True)
+        tell(f"loss after {context} tokens {result['loss'][str(context)]:.3f}")
+    began = time.monotonic()
+    generate([*prompt, *output.outputs[0].token_ids], 1 + ROOM // 2)
+    result["seconds"]["decode"] = (time.monotonic() - began) / (ROOM // 2)
+    for tokens in (SHORT, LONG) if method != "plain" else ():
+        right = 0
+        for depth in DEPTHS:
+            asked, answer = hide(tokens, depth)
+            right += list(generate(asked, len(answer)).outputs[0].token_ids) == answer
+        result["keys"][str(tokens)] = right
+        tell(f"{right} of {len(DEPTHS)} keys in {tokens} tokens")
     print(json.dumps(result), flush=True)
 
 
@@ -166,16 +165,18 @@ def show(rows: list[dict[str, Any]]) -> None:
     names = [
         *(f"loss {context}" for context in CONTEXTS),
         *(f"keys {tokens}" for tokens in (SHORT, LONG)),
-        *(f"prefill {tokens}, s" for tokens in (SHORT, LONG)),
+        f"prefill {LONG}, s",
         f"decode {LONG}, ms",
     ]
     print("\n  " + "method".ljust(14) + "".join(name.rjust(18) for name in names))
     for row in rows:
+        losses = (row["loss"].get(str(context)) for context in CONTEXTS)
+        keys = (row["keys"].get(str(tokens)) for tokens in (SHORT, LONG))
         values = [
-            *(f"{row['loss'][str(context)]:.3f}" for context in CONTEXTS),
-            *(f"{row['keys'][str(tokens)]}/{len(KEYS)}" for tokens in (SHORT, LONG)),
-            *(f"{row['seconds'][f'prefill_{tokens}']:.1f}" for tokens in (SHORT, LONG)),
-            f"{1000 * row['seconds'][f'decode_{LONG}']:.0f}",
+            *("" if loss is None else f"{loss:.3f}" for loss in losses),
+            *("" if right is None else f"{right}/{len(DEPTHS)}" for right in keys),
+            f"{row['seconds'][str(LONG)]:.1f}",
+            f"{1000 * row['seconds']['decode']:.0f}",
         ]
         print("  " + row["method"].ljust(14) + "".join(value.rjust(18) for value in values))
 
@@ -196,7 +197,7 @@ def main() -> int:
     OUTPUT.write_text(json.dumps(result, indent=1) + "\n")
     show(rows)
     print(f"\n  written to {OUTPUT}")
-    best = min(rows, key=lambda row: row["loss"][str(LONG)])
+    best = min((row for row in rows if row["keys"]), key=lambda row: row["loss"][str(LONG)])
     lost = best["loss"][str(LONG)] - best["loss"][str(TRAINED)]
     keys = best["keys"]
     if lost > MOST_LOST or 10 * keys[str(LONG)] < 9 * keys[str(SHORT)]:
