@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from ucm_sdk.blend import Chooser, make_chooser
 from ucm_sdk.errors import ConfigError
-from ucm_sdk.evaluation import needles, report, texts, window
+from ucm_sdk.evaluation import blend, needles, report, texts, window
 from ucm_sdk.evaluation.copying import CopyTask
 from ucm_sdk.evaluation.hashing import train_model
 from ucm_sdk.evaluation.llama import Llama
@@ -259,6 +260,51 @@ def evaluate_window(
                 journal.add({**row, "tokens": task.tokens, **found})
             progress.advance(bar)
     rows = report.summarise_window(journal.rows)
+    output.write_text(json.dumps(rows, indent=1) + "\n")
+    _print({name: str(value) for name, value in row.items()} for row in rows)
+
+
+@app.command("blend")
+def evaluate_blend(
+    model: Model,
+    *,
+    output: Annotated[Path, typer.Option(help="JSON.")] = Path("build/eval-blend.json"),
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of four to six chunks.")] = 20,
+    chunk: Annotated[int, typer.Option(min=32, help="Tokens of a chunk.")] = 160,
+    ratio: Annotated[float, typer.Option(min=0, max=1, help="Of tokens computed again.")] = 0.15,
+    chooser: Annotated[list[str], typer.Option(help="NAME or NAME:key=value,...")] = [
+        "random",
+        "first_tokens",
+        "kv_deviation:of=keys",
+        "kv_deviation",
+        "query",
+    ],
+    documents: Annotated[Path | None, typer.Option(help="A directory of .txt files.")] = None,
+) -> None:
+    """Answer questions from reused chunks, mended in part, and compare with full computation."""
+    setting = {"model": model.name, "chunk": chunk, "ratio": ratio, "choosers": chooser}
+    journal = _Journal(output.with_suffix(".jsonl"), setting)
+    rules: dict[str, Chooser | None] = {"reuse": None}
+    for label in chooser:
+        name, options = _options(label)
+        rules[label] = make_chooser(name, options=dict(options))
+    read = [document.text for document in _documents(documents)]
+    encode, llama = _tokenizer(model), Llama(model)
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("judging", total=prompts, completed=len(journal.rows))
+        for seed in range(len(journal.rows), prompts):
+            prompt = blend.build(encode, read, chunk_tokens=chunk, seed=seed)
+            journal.add(dict(blend.judge(llama, prompt, rules, ratio)))
+            progress.advance(bar)
+    rows = []
+    for label in rules:
+        found = np.array([row[label] for row in journal.rows])
+        low, high = report.bootstrap(found[:, 0])
+        reused = np.mean([row["reuse"][0] for row in journal.rows])
+        row = {"chooser": label, "kl": round(float(found[:, 0].mean()), 4)}
+        row |= {"interval": [round(low, 4), round(high, 4)]}
+        row |= {"of_reuse": round(float(found[:, 0].mean() / reused), 3)}
+        rows.append(row | {"work": round(float(found[:, 1].mean()), 3), "prompts": len(found)})
     output.write_text(json.dumps(rows, indent=1) + "\n")
     _print({name: str(value) for name, value in row.items()} for row in rows)
 

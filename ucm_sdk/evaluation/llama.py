@@ -9,6 +9,7 @@ head size.  RoPE is the half-split form (Su et al., arXiv:2104.09864) as in Llam
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -164,8 +165,7 @@ class Llama:
         next call overwrites them.
         """
         _, hidden = self._forward(tokens, cache, attention)
-        logits: Floats = self._norm(hidden, "model.norm.weight") @ self._head
-        return logits
+        return self.head(hidden)
 
     def _norm(self, hidden: Floats, name: str) -> Floats:
         scale = np.sqrt(np.mean(hidden * hidden, -1, keepdims=True) + self._epsilon)
@@ -184,22 +184,57 @@ class Llama:
     ) -> tuple[KVCache, Floats]:
         begin, end = cache.tokens, cache.tokens + len(tokens)
         positions = np.arange(begin, end)
-        hidden: Floats = self._embedding[tokens]
+        hidden = self.embed(tokens)
         for layer in range(self.layers):
-            prefix = f"model.layers.{layer}."
             keys, values = cache.keys[layer], cache.values[layer]
-            normed = self._norm(hidden, prefix + "input_layernorm.weight")
-            queries = self._project(normed, prefix + "self_attn.q_proj.weight")
-            queries = self.rotate(queries, positions)
-            fresh = self._project(normed, prefix + "self_attn.k_proj.weight")
-            keys[:, begin:end] = self.rotate(fresh, positions)
-            values[:, begin:end] = self._project(normed, prefix + "self_attn.v_proj.weight")
-            grouped = queries.reshape(self.kv_heads, self.group, len(tokens), self.head_size)
-            out = attention(layer, grouped, keys[:, :end], values[:, :end])
-            merged = out.transpose(2, 0, 1, 3).reshape(len(tokens), -1)
-            hidden += merged @ self._weights[prefix + "self_attn.o_proj.weight"]
-            hidden += self._mlp(hidden, prefix)
+
+            def attend(
+                queries: Floats,
+                fresh: tuple[Floats, Floats],
+                layer: int = layer,
+                keys: Floats = keys,
+                values: Floats = values,
+            ) -> Floats:
+                keys[:, begin:end], values[:, begin:end] = fresh
+                return attention(layer, queries, keys[:, :end], values[:, :end])
+
+            hidden = self.layer(layer, hidden, positions, attend)
         return KVCache(cache.keys, cache.values, end), hidden
+
+    def embed(self, tokens: NDArray[np.int64]) -> Floats:
+        """Return what the first layer is given, ``[T, hidden size]``."""
+        found: Floats = self._embedding[tokens]
+        return found
+
+    def layer(
+        self,
+        layer: int,
+        hidden: Floats,
+        positions: NDArray[np.int64],
+        attend: Callable[[Floats, tuple[Floats, Floats]], Floats],
+    ) -> Floats:
+        """Return one layer's output for tokens at ``positions`` ``[T]``, in any order.
+
+        ``attend`` gets their queries ``[H, g, T, d]`` and their keys and values ``[H, T, d]`` each,
+        and returns outputs like the queries.
+        """
+        prefix = f"model.layers.{layer}."
+        normed = self._norm(hidden, prefix + "input_layernorm.weight")
+        queries = self._project(normed, prefix + "self_attn.q_proj.weight")
+        queries = self.rotate(queries, positions)
+        fresh = self._project(normed, prefix + "self_attn.k_proj.weight")
+        keys = self.rotate(fresh, positions)
+        values = self._project(normed, prefix + "self_attn.v_proj.weight")
+        grouped = queries.reshape(self.kv_heads, self.group, len(hidden), self.head_size)
+        out = attend(grouped, (keys, values))
+        merged = out.transpose(2, 0, 1, 3).reshape(len(hidden), -1)
+        hidden = hidden + merged @ self._weights[prefix + "self_attn.o_proj.weight"]
+        return hidden + self._mlp(hidden, prefix)
+
+    def head(self, hidden: Floats) -> Floats:
+        """Return logits ``[T, vocabulary]`` of the last layer's output."""
+        logits: Floats = self._norm(hidden, "model.norm.weight") @ self._head
+        return logits
 
     def _project(self, hidden: Floats, name: str) -> Floats:
         out = hidden @ self._weights[name]

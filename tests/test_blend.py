@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: MIT
+"""Chunks of prompts, and rules that choose among their tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ucm_sdk.blend import (
+    CHOOSERS,
+    Chunk,
+    Evidence,
+    chunk_ids,
+    from_spans,
+    make_chooser,
+    movable,
+    split,
+)
+from ucm_sdk.errors import ArgumentError, ConfigError
+from ucm_sdk.hashing import BlockChain
+
+NAMESPACE = bytes(32)
+CHUNKS = (Chunk(0, 10), Chunk(10, 25), Chunk(25, 40))
+
+
+def test_a_separator_ends_a_chunk_and_nothing_is_left_out() -> None:
+    tokens = [1, 2, 9, 9, 3, 9, 9, 9, 9, 4, 5, 9]
+    chunks = split(tokens, [9, 9])
+    assert [tokens[c.first : c.last] for c in chunks] == [
+        [1, 2, 9, 9],
+        [3, 9, 9],
+        [9, 9],
+        [4, 5, 9],
+    ]
+    assert split([9, 9, 9], [9, 9]) == [Chunk(0, 2), Chunk(2, 3)]
+    assert split([9], [9, 9]) == [Chunk(0, 1)]
+    assert split([], [9]) == []
+    with pytest.raises(ArgumentError, match="separator"):
+        split(tokens, [])
+
+
+def test_explicit_chunks_follow_each_other() -> None:
+    assert from_spans([(0, 4), (6, 9)], 9) == [Chunk(0, 4), Chunk(6, 9)]
+    for spans in ([(0, 0)], [(0, 4), (3, 6)], [(4, 6), (0, 2)], [(0, 10)]):
+        with pytest.raises(ArgumentError, match="of a prompt of 9 tokens"):
+            from_spans(spans, 9)
+
+
+def test_a_chunk_has_the_ids_of_a_request_that_begins_with_it() -> None:
+    tokens = list(range(100, 140))
+    for chunk in CHUNKS:
+        alone = BlockChain(NAMESPACE, 4)
+        alone.extend(tokens[chunk.first : chunk.last])
+        assert chunk_ids(NAMESPACE, 4, tokens, chunk) == alone.ids
+        assert len(alone.ids) == len(chunk) // 4
+    salted = chunk_ids(NAMESPACE, 4, tokens, CHUNKS[1], request_extra=b"tenant")
+    assert not {*salted} & {*chunk_ids(NAMESPACE, 4, tokens, CHUNKS[1])}
+
+
+def test_what_is_exact_or_missing_is_not_mended() -> None:
+    # 12 tokens of a prefix; of the last chunk the store lacks the end.
+    assert movable(CHUNKS, 12, [8, 12, 8]).tolist() == [*range(12, 22), *range(25, 33)]
+    assert movable(CHUNKS[:1], 0, [8]).tolist() == []
+    assert movable(CHUNKS, 40, [8, 12, 12]).tolist() == []
+
+
+@pytest.fixture
+def evidence() -> Evidence:
+    generator = np.random.default_rng(3)
+    keys, values = generator.random((2, 40)).astype(np.float32)
+    attention = generator.random((5, 40)).astype(np.float32)
+    candidates = movable(CHUNKS, 0, [10, 12, 12])
+    return Evidence(CHUNKS, candidates, keys, values, attention)
+
+
+@pytest.mark.parametrize("name", CHOOSERS.names())
+def test_every_rule_chooses_as_many_candidates_as_it_is_asked_for(
+    name: str, evidence: Evidence
+) -> None:
+    chooser = make_chooser(name)
+    for count in (0, 1, 7, len(evidence.candidates), 99):
+        chosen = chooser.choose(evidence, count)
+        assert len(chosen) == min(count, len(evidence.candidates))
+        assert (np.diff(chosen) > 0).all()
+        assert np.isin(chosen, evidence.candidates).all()
+    assert chooser.choose(evidence, 7).tolist() == chooser.choose(evidence, 7).tolist()
+
+
+def best(scores: np.ndarray, evidence: Evidence, count: int) -> list[int]:
+    ranked = sorted(evidence.candidates.tolist(), key=lambda token: (-scores[token], token))
+    return sorted(ranked[:count])
+
+
+def test_rules_rank_by_what_they_say(evidence: Evidence) -> None:
+    keys, values, attention = (
+        np.asarray(array)
+        for array in (evidence.key_deviation, evidence.value_deviation, evidence.attention)
+    )
+    both = keys / keys.mean() + values / values.mean()
+    for name, options, scores in (
+        ("kv_deviation", {"of": "keys"}, keys),
+        ("kv_deviation", {}, both),
+        ("query", {}, attention.max(0)),
+        ("query", {"reduce": "mean"}, attention.mean(0)),
+    ):
+        chosen = make_chooser(name, options=options).choose(evidence, 9)
+        assert chosen.tolist() == best(scores, evidence, 9), (name, options)
+
+
+def test_first_tokens_are_shared_out_among_the_chunks(evidence: Evidence) -> None:
+    chosen = make_chooser("first_tokens").choose(evidence, 7)
+    assert chosen.tolist() == [10, 11, 12, 13, 25, 26, 27]
+
+
+def test_unknown_names_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"blend\.chooser='nothing': unknown; known are"):
+        make_chooser("nothing")
+    with pytest.raises(ConfigError, match=r"blend\.options\.off: unknown key"):
+        make_chooser("kv_deviation", options={"off": "keys"})
