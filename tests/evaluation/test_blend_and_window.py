@@ -93,7 +93,9 @@ def test_a_prompt_has_its_facts_in_its_chunks_and_the_answer_behind() -> None:
         assert "lives in" in " ".join(plain[chunk.first : chunk.last])
         assert 80 < len(chunk) < 100
     answer = " ".join(plain[prompt.answer :])
-    city, name, job = re.fullmatch(r"(\w+)\. (\w+ \w+) is (a \w+)\.", answer).groups()  # type: ignore[union-attr]
+    found = re.fullmatch(r"(\w+)\. (\w+ \w+) is (a \w+)\.", answer)
+    assert found is not None
+    city, name, job = found.groups()
     assert " ".join(plain).count(f"{name} is {job} and lives in {city}.") == 1
     again = blend.build(by_words, [text], chunk_tokens=80, seed=3)
     assert again.tokens.tolist() == prompt.tokens.tolist()
