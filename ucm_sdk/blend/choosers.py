@@ -36,8 +36,8 @@ class Evidence:
     value_deviation: NDArray[np.float32] | None = None
     """``[C]``: the same of values."""
     attention: NDArray[np.float32] | None = None
-    """``[Q, C]``: the attention of the question's tokens to each token, on reused KV, summed over
-    heads and the upper half of the layers, where a question reads what it asks for."""
+    """``[C]``: the largest attention of any of the question's tokens to each token, on reused KV,
+    summed over heads and the upper half of the layers, where a question reads what it asks for."""
 
 
 class Chooser(ABC):
@@ -101,19 +101,12 @@ class FirstTokens(Chooser):
 class Query(Chooser):
     """The tokens that the question looks at: what it does not read need not be right."""
 
-    class Options(Strict):
-        """Options."""
-
-        reduce: Literal["max", "mean"] = "max"
-        """How the question's tokens are put together."""
-
     needs_attention = True
 
     def choose(self, evidence: Evidence, count: int) -> NDArray[np.int64]:
         """See ``Chooser``."""
         attention = cast("NDArray[np.float32]", evidence.attention)
-        scores = attention.max(0) if self.options.reduce == "max" else attention.mean(0)
-        return _largest(scores, evidence.candidates, count)
+        return _largest(attention, evidence.candidates, count)
 
 
 class RandomTokens(Chooser):

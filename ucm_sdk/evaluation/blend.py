@@ -162,7 +162,7 @@ class Blended:
                 deviations[name] = np.abs(new[:, :end] - old[:, :end]).sum((0, 2))
         if chooser.needs_attention:
             asking = np.arange(end, self._asked)
-            attention = np.zeros((len(asking), end), np.float32)
+            attention = np.zeros(end, np.float32)
             self._run(asking, model.layers, seen=attention)
             work += model.layers * len(asking)
         evidence = Evidence(self._chunks, self.candidates, attention=attention, **deviations)
@@ -178,8 +178,9 @@ class Blended:
         """Compute ``rows`` through the first layers, over reused KV of all other tokens.
 
         Returns the last of these layers' keys and values, and its output.  ``seen`` gets the
-        attention of each row in the upper layers to the chunks' tokens added.  The mask is by true
-        position: a row sees no token that stands after it, chosen or not.
+        largest attention of any row to each of the chunks' tokens added, of all heads of the upper
+        layers.  The mask is by true position: a row sees no token that stands after it, chosen or
+        not.
         """
         model = self._model
         hidden = model.embed(self._tokens[rows])
@@ -203,7 +204,7 @@ class Blended:
                 scores[..., hides] = -np.inf
                 weights = softmax(scores)
                 if seen is not None and upper:
-                    seen[:] += weights[..., : seen.shape[1]].sum((0, 1))
+                    seen[:] += weights[..., : len(seen)].max(2).sum((0, 1))
                 return weighted_values(weights, values)
 
             hidden = model.layer(layer, hidden, rows, attend)
