@@ -208,3 +208,16 @@ def test_pages_in_c_give_the_same(
     for _ in range(2):
         found = paged.attend(q.transpose(2, 0, 1, 3).copy(), pages, length=length)
         assert found.transpose(1, 2, 0, 3) == pytest.approx(wanted, abs=2e-5)
+
+
+def test_requests_of_several_lengths_take_turns() -> None:
+    method = make_position("dynamic_ntk", ROPE)
+    lengths = (100, 300, 700, 1100)
+    once = {}
+    for _ in range(3):
+        for length in lengths:
+            q, k, v = (array.astype(np.float32) for array in drawn(length, 1))
+            found = method.attend(q, k, v, scale=SCALE)
+            assert found == pytest.approx(once.setdefault(length, found), abs=0)
+    # Each length has its own frequencies, and none was computed twice.
+    assert len(method._cached) == len(lengths)

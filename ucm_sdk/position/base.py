@@ -17,7 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 import numpy as np
 from array_api_compat import array_namespace, device
@@ -35,6 +35,11 @@ _SCORES: Final = 1 << 21
 _FEWEST_ROWS: Final = 16
 _LENGTH_STEP: Final = 256
 """Lengths in which frequencies that depend on the length change: keys are rotated anew then."""
+
+
+_KEPT: Final = 8
+"""Tables that are kept: those of as many lengths at a time."""
+T = TypeVar("T")
 
 
 class PositionOptions(Strict):
@@ -205,10 +210,16 @@ class PositionMethod(ABC):
         if found is None or found[0].shape[0] < length:
             many = 1 << max(10, (length - 1).bit_length())
             angles = self.key_angles(rule, many, length)
-            # Of each rule the last one only: frequencies may change with the length.
-            self._cached = {k: v for k, v in self._cached.items() if k[:3] != kind[:3]}
-            found = self._cached[kind] = tables(angles, like)
+            found = keep(self._cached, kind, tables(angles, like))
         return found
+
+
+def keep(cache: dict[Any, T], key: Any, value: T) -> T:
+    """Add a value to a small cache, and return it; frequencies may change with the length."""
+    if len(cache) >= _KEPT:
+        del cache[next(iter(cache))]
+    cache[key] = value
+    return value
 
 
 def rounded(length: int) -> int:

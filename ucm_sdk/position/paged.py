@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ucm_sdk._native.attending import PagedRegion, Pages, attend, supports
+from ucm_sdk.position.base import keep
 from ucm_sdk.position.rope import rotate, tables
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class PagedAttention:
         """Attend by ``method``; ``scale`` is what the model multiplies its scores by."""
         self._method = method
         self._scale = scale
-        self._tables: dict[tuple[str, int], tuple[bytes, Floats, Floats]] = {}
+        self._tables: dict[tuple[str, int, bytes], tuple[Floats, Floats]] = {}
 
     def attend(self, queries: Floats, pages: Pages, *, length: int) -> Floats:
         """Return the outputs ``[T, H, g, d]`` of the last ``T`` of ``length`` tokens.
@@ -69,13 +70,13 @@ class PagedAttention:
 
     def _of_pages(self, rule: str, length: int, tokens: int) -> tuple[Floats, Floats]:
         """Return cosines and sines ``[pages, pairs, tokens]`` of a rule's, of all pages or more."""
-        kind = self._method.frequencies(length).tobytes()
-        found = self._tables.get((rule, tokens))
-        if found is None or found[0] != kind or len(found[1]) * tokens < length:
+        kind = (rule, tokens, self._method.frequencies(length).tobytes())
+        found = self._tables.get(kind)
+        if found is None or len(found[0]) * tokens < length:
             pages = 1 << (-(-length // tokens) - 1).bit_length()
             angles = self._method.key_angles(rule, pages * tokens, length)
             paged = angles.reshape(pages, tokens, -1).swapaxes(1, 2)
             cos, sin = (part.astype(np.float32) for part in (np.cos(paged), np.sin(paged)))
-            found = (kind, np.ascontiguousarray(cos), np.ascontiguousarray(sin))
-            self._tables[rule, tokens] = found
-        return found[1], found[2]
+            both = (np.ascontiguousarray(cos), np.ascontiguousarray(sin))
+            found = keep(self._tables, kind, both)
+        return found

@@ -30,6 +30,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from ucm_sdk.connector import UcmConfig, load_config
+from ucm_sdk.errors import ConfigError
+from ucm_vllm.layout import TRANSPOSED_KEYS
 from ucm_vllm.pool import SparseSpec, StreamedSpec
 
 CONNECTORS = ("UcmConnector", "KVStoreConnector")
@@ -105,6 +107,16 @@ class PositionAttentionImpl(CPUAttentionBackendImpl):
 
 class UcmMetadataBuilder(CPUAttentionMetadataBuilder):
     """Gives each step's metadata what is needed to change its lengths and its rows."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """See vLLM's; raises ``ConfigError`` where its kernels keep keys in another way."""
+        super().__init__(*args, **kwargs)
+        if self.isa not in TRANSPOSED_KEYS:
+            msg = (
+                f"sparse, position: keys of instruction set {self.isa!r} cannot be read; use "
+                "--dtype float32 and a block size that is a multiple of 32"
+            )
+            raise ConfigError(msg)
 
     def build(self, *args: Any, **kwargs: Any) -> CPUAttentionMetadata:
         """Return the step's metadata."""

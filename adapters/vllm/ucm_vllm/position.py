@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
@@ -12,7 +12,6 @@ from ucm_sdk.errors import ConfigError
 from ucm_sdk.model_identity import find_model, rope_parameters, trained_tokens
 from ucm_sdk.position import PositionMethod, make_position, make_rope
 from ucm_sdk.position.paged import PagedAttention, Pages, supports
-from ucm_vllm.layout import TRANSPOSED_KEYS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -69,13 +68,6 @@ class VllmPosition:
         scale: float,
     ) -> None:
         """Write the outputs of ``rows``; ``query`` and ``output`` are ``[tokens, heads, d]``."""
-        builder: Any = metadata.ucm_builder
-        if builder.isa not in TRANSPOSED_KEYS:
-            msg = (
-                f"position: keys of instruction set {builder.isa!r} cannot be read; use "
-                "--dtype float32 and a block size that is a multiple of 32"
-            )
-            raise ConfigError(msg)
         starts, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
         heads = kv_cache.shape[1]
         memory = _Memory(kv_cache)
