@@ -66,6 +66,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("dual_chunk", {"chunk": 10}),
     ("dual_chunk", {"chunk": 23}),
     ("dynamic_ntk", {"factor": 2.0}),
+    ("plain", {"log_n": True}),
+    ("rerope", {"window": 7, "log_n": True}),
 ]
 
 
@@ -184,15 +186,9 @@ def test_channels_beyond_the_rotated_ones_stay() -> None:
     assert not np.allclose(found[:, 1:, : SIZE // 2], vectors[:, 1:, : SIZE // 2])
 
 
-@pytest.mark.parametrize(("length", "rows"), [(64, 64), (200, 1), (200, 60), (333, 150)])
-@pytest.mark.parametrize(("name", "options"), CASES)
-def test_pages_in_c_give_the_same(
-    name: str, options: dict[str, Any], length: int, rows: int
-) -> None:
-    tokens = 32
-    q, k, v = (array.astype(np.float32) for array in drawn(length, rows))
-    method = make_position(name, ROPE, options=options)
-    wanted = method.attend(q, k, v, scale=SCALE)
+def paged(k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, Pages]:
+    """Return memory with pages that lie anywhere, and where they are."""
+    length, tokens = k.shape[1], 32
     count = -(-length // tokens)
     # Pages lie anywhere, and what is behind the last token may be anything finite.
     numbers = np.random.default_rng(1).permutation(count + 3)[:count].astype(np.int32)
@@ -204,9 +200,33 @@ def test_pages_in_c_give_the_same(
             memory[number, head, 0].reshape(SIZE, tokens)[:, :there] = k[head, part].T
             memory[number, head, 1].reshape(tokens, SIZE)[:there] = v[head, part]
     pages = Pages(memory.ctypes.data, *memory.strides[:2], numbers, tokens, SIZE)
-    paged = PagedAttention(method, scale=SCALE)
+    return memory, pages
+
+
+@pytest.mark.parametrize(("length", "rows"), [(64, 64), (200, 1), (200, 60), (333, 150)])
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_pages_in_c_give_the_same(
+    name: str, options: dict[str, Any], length: int, rows: int
+) -> None:
+    q, k, v = (array.astype(np.float32) for array in drawn(length, rows))
+    method = make_position(name, ROPE, options=options)
+    wanted = method.attend(q, k, v, scale=SCALE)
+    _memory, pages = paged(k, v)
+    attention = PagedAttention(method, scale=SCALE)
     for _ in range(2):
-        found = paged.attend(q.transpose(2, 0, 1, 3).copy(), pages, length=length)
+        found = attention.attend(q.transpose(2, 0, 1, 3).copy(), pages, length=length)
+        assert found.transpose(1, 2, 0, 3) == pytest.approx(wanted, abs=2e-5)
+
+
+def test_parts_of_many_pages_are_added_up_and_tables_grow_with_a_request() -> None:
+    attention = PagedAttention(make_position("rerope", ROPE, options={"window": 7}), scale=SCALE)
+    for length in (50, 2000):
+        q, k, v = (array.astype(np.float32) for array in drawn(length, 1))
+        # Scores of one part are far above those of the other.
+        k[:, : length // 2] *= 4
+        _memory, pages = paged(k, v)
+        wanted = make_position("rerope", ROPE, options={"window": 7}).attend(q, k, v, scale=SCALE)
+        found = attention.attend(q.transpose(2, 0, 1, 3).copy(), pages, length=length)
         assert found.transpose(1, 2, 0, 3) == pytest.approx(wanted, abs=2e-5)
 
 

@@ -131,6 +131,15 @@ def test_a_step_that_ends_early_leaves_nothing_under_way() -> None:
     engine.stream.close()
 
 
+def test_a_step_that_begins_ends_the_one_before() -> None:
+    engine = Engine(2)
+    none = np.empty(0, np.int64)
+    engine.stream.begin(none, none)
+    engine.stream.begin(none, none)
+    assert len(engine.recorder.drain().observations["ucm_layer_stall_seconds"]) == 1
+    engine.stream.close()
+
+
 def test_misuse_is_refused() -> None:
     engine = Engine(2)
     with pytest.raises(ArgumentError, match="call begin first"):
