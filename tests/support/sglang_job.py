@@ -18,7 +18,9 @@ from typing import Any
 
 def run_batch(engine: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
     if batch.get("flush"):
-        assert engine.flush_cache().success
+        # Saves of a pool in the host's memory may still be under way; SGLang refuses until then.
+        flush = engine.tokenizer_manager.flush_cache(timeout_s=60)
+        assert engine.loop.run_until_complete(flush).success
     sampling = {"temperature": 0, "max_new_tokens": batch["max_tokens"], "ignore_eos": True}
     outputs = engine.generate(
         input_ids=batch["prompts"], sampling_params=sampling, return_logprob=True
