@@ -73,6 +73,30 @@ def chunks(source_size: int, target_size: int, first_token: int, end_token: int)
     )
 
 
+def shifted(size: int, first_token: int, end_token: int) -> list[Chunks]:
+    """Return how tokens that begin a block of their own map to blocks that begin with a request.
+
+    Blocks of both have ``size`` tokens; the first token is ``first_token`` of the request, and the
+    last one before ``end_token``, where a block of either side ends.
+    """
+    inside = first_token % size
+    found = []
+    for begin, tokens in ((0, size - inside), (size - inside, inside)):
+        if tokens:
+            sources = np.arange(begin, end_token - first_token, size, dtype=np.int64)
+            targets = sources + first_token
+            found.append(
+                Chunks(
+                    tokens,
+                    sources // size,
+                    sources % size,
+                    targets // size - first_token // size,
+                    targets % size,
+                )
+            )
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class _Component:
     source: Plane

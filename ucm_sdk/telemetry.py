@@ -119,6 +119,19 @@ LAYER_STALL_SECONDS: Final = Metric(
     (),
     _SECONDS,
 )
+BLEND_TOKENS: Final = Metric(
+    "ucm_blend_tokens",
+    Kind.COUNTER,
+    "Tokens of blended requests: reused, chosen to be computed again, or missing and computed.",
+    ("kind",),
+)
+BLEND_SECONDS: Final = Metric(
+    "ucm_blend_seconds",
+    Kind.HISTOGRAM,
+    "Seconds in which a blended request's tokens were chosen and computed.",
+    (),
+    _SECONDS,
+)
 STORE_AVAILABLE: Final = Metric(
     "ucm_store_available", Kind.GAUGE, "1 while the store is asked, 0 while the breaker is open."
 )
@@ -142,6 +155,8 @@ METRICS: Final = (
     SPARSE_MISSED_BLOCKS,
     LAYER_BYTES,
     LAYER_STALL_SECONDS,
+    BLEND_TOKENS,
+    BLEND_SECONDS,
     DROPPED_SAVES,
     STORE_AVAILABLE,
 )

@@ -137,7 +137,8 @@ static inline __attribute__((always_inline)) void attend_rows(
     seen visible[ATTEND_ROWS];
     uint32_t any = 0;
     for (int i = 0; i < rows; i++) {
-        uint32_t token = part->first_token + (row + (uint32_t)i) / part->group;
+        uint32_t query = (row + (uint32_t)i) / part->group;
+        uint32_t token = part->tokens ? part->tokens[query] : part->first_token + query;
         visible[i] = seen_by(region, token, page_first, tokens);
         any |= visible[i].high;
     }

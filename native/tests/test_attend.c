@@ -18,6 +18,8 @@ static float near_queries[ROWS][SIZE], far_queries[ROWS][SIZE];
 static float cosines[PAGES][PAIRS][TOKENS], sines[PAGES][PAIRS][TOKENS];
 static float peaks[ROWS], sums[ROWS], outputs[ROWS][SIZE];
 static double weights[LENGTH], wanted[SIZE];
+static uint32_t scattered[QUERIES]; /* tokens that do not follow each other */
+static const uint32_t *given;       /* the rows' tokens, where they are told one by one */
 
 static const ucm_pages pages = {memory, sizeof memory[0], sizeof memory[0][0], table, TOKENS, SIZE};
 
@@ -46,7 +48,7 @@ static double key_of(int head, int j, int c, int turned)
 /* The log-sum-exp of a row's scores over the pages of a part; `wanted` gets the weighted values. */
 static double expect(int head, int row, int first_page, int last_page)
 {
-    int i = FIRST + row / GROUP;
+    int i = given ? (int)given[row / GROUP] : FIRST + row / GROUP;
     double most = -INFINITY, sum = 0;
     memset(wanted, 0, sizeof wanted);
     for (int j = first_page * TOKENS; j <= i && j < last_page * TOKENS; j++) {
@@ -77,7 +79,7 @@ static void check(int head, int first_row, int last_row, int first_page, int las
     const ucm_attend_part part = {(uint32_t)head,      FIRST,
                                   GROUP,               (uint32_t)first_row,
                                   (uint32_t)last_row,  (uint32_t)first_page,
-                                  (uint32_t)last_page, PAIRS};
+                                  (uint32_t)last_page, PAIRS, given};
     for (int row = 0; row < ROWS; row++)
         peaks[row] = 12345;
     CHECK_OK(ucm_attend(&pages, regions, 2, &part, peaks, sums, outputs[0]));
@@ -107,7 +109,7 @@ static void test_all(void)
 static void test_rows_that_see_nothing(void)
 {
     const ucm_region region = {0, 10, 0, UINT32_MAX, near_queries[0], NULL, NULL};
-    const ucm_attend_part part = {0, FIRST, GROUP, 0, 4, 1, PAGES, PAIRS};
+    const ucm_attend_part part = {0, FIRST, GROUP, 0, 4, 1, PAGES, PAIRS, NULL};
     CHECK_OK(ucm_attend(&pages, &region, 1, &part, peaks, sums, outputs[0]));
     for (int row = 0; row < 4; row++) {
         CHECK(peaks[row] == -INFINITY && sums[row] == 0);
@@ -118,7 +120,7 @@ static void test_rows_that_see_nothing(void)
 
 static void test_refusals(void)
 {
-    ucm_attend_part part = {0, FIRST, GROUP, 0, 1, 0, 1, PAIRS};
+    ucm_attend_part part = {0, FIRST, GROUP, 0, 1, 0, 1, PAIRS, NULL};
     ucm_pages other = pages;
     other.tokens = 24;
     CHECK(ucm_attend(&other, NULL, 0, &part, peaks, sums, outputs[0]) == UCM_INVALID);
@@ -144,11 +146,17 @@ int main(void)
                 cosines[p][pair][t] = (float)cos(angle);
                 sines[p][pair][t] = (float)sin(angle);
             }
+    for (int i = 0; i < QUERIES; i++)
+        scattered[i] = (uint32_t)(i * (LENGTH - 1) / (QUERIES - 1));
     const char *sets[] = {"portable", "avx2", "avx512"};
     for (int i = 0; i < 3; i++) {
         if (ucm_score_use(sets[i]))
             continue;
+        given = NULL;
         test_all();
+        given = scattered;
+        for (int head = 0; head < HEADS; head++)
+            check(head, 0, ROWS, 0, PAGES);
         test_rows_that_see_nothing();
     }
     test_refusals();

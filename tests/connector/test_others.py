@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from ucm_sdk import KVLayout
-from ucm_sdk.connector.others import Run, _Transfer, conversions
+from ucm_sdk.connector.converting import _Transfer
+from ucm_sdk.connector.others import Run, conversions
 from ucm_sdk.testing import ScriptedEngine
 from ucm_sdk.testing.connector_suite import prompt_of
 

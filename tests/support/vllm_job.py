@@ -4,8 +4,9 @@
 JOB is a JSON file: ``model``, ``engine`` (arguments of ``LLM``), ``config`` (the adapter's, or null
 for vLLM without a connector), ``role``, ``batches``.  A batch has ``prompts`` (token ids),
 ``max_tokens`` and optionally ``n``, ``together`` (submit all at once), ``reset`` (clear vLLM's own
-cache before).  RESULT gets the output tokens with their log probabilities, the cached tokens, the
-engine's own metrics, and what its pool of blocks and its scheduler were seen to hold.
+cache before), ``chunks`` (of each prompt, first and last token).  RESULT gets the output tokens
+with their log probabilities, the cached tokens, the engine's own metrics, and what its pool of
+blocks and its scheduler were seen to hold.
 """
 
 from __future__ import annotations
@@ -24,17 +25,26 @@ def run_batch(llm: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
     if batch.get("reset"):
         assert llm.reset_prefix_cache()
     samples = batch.get("n", 1)
-    sampling = SamplingParams(
-        temperature=0 if samples == 1 else 0.8,
-        seed=1,
-        max_tokens=batch["max_tokens"],
-        n=samples,
-        ignore_eos=True,
-        logprobs=0,
-    )
     prompts = [{"prompt_token_ids": ids} for ids in batch["prompts"]]
-    groups = [prompts] if batch.get("together") else [[prompt] for prompt in prompts]
-    outputs = [out for group in groups for out in llm.generate(group, sampling, use_tqdm=False)]
+    sampling = [
+        SamplingParams(
+            temperature=0 if samples == 1 else 0.8,
+            seed=1,
+            max_tokens=batch["max_tokens"],
+            n=samples,
+            ignore_eos=True,
+            logprobs=0,
+            extra_args={"kv_transfer_params": {"chunks": chunks}} if chunks else None,
+        )
+        for chunks in batch.get("chunks", [None] * len(prompts))
+    ]
+    pairs = list(zip(prompts, sampling, strict=True))
+    groups = [pairs] if batch.get("together") else [[pair] for pair in pairs]
+    outputs = [
+        out
+        for group in groups
+        for out in llm.generate(*map(list, zip(*group, strict=True)), use_tqdm=False)
+    ]
     return [
         {
             "tokens": [list(one.token_ids) for one in output.outputs],

@@ -66,11 +66,19 @@ def supports(tokens: int, size: int) -> bool:
     return not tokens % _TOKENS and not size % _SIZE and tokens * size <= _MOST
 
 
-def attend(pages: Pages, regions: Sequence[PagedRegion], *, first_token: int, group: int) -> Floats:
+def attend(
+    pages: Pages,
+    regions: Sequence[PagedRegion],
+    *,
+    group: int,
+    first_token: int = 0,
+    tokens: NDArray[np.uint32] | None = None,
+) -> Floats:
     """Return the outputs ``[H, R, d]``.
 
-    Row ``r`` is a query at token ``first_token + r // group``.  The memory must stay as it is until
-    this returns; the GIL is not held meanwhile.
+    Row ``r`` is a query at token ``first_token + r // group`` or, where ``tokens`` are given, in
+    ascending order, at ``tokens[r // group]``.  The memory must stay as it is until this returns;
+    the GIL is not held meanwhile.
     """
     heads, rows, size = regions[0].queries.shape
     table = np.ascontiguousarray(pages.table)
@@ -86,12 +94,17 @@ def attend(pages: Pages, regions: Sequence[PagedRegion], *, first_token: int, gr
     seen = [_regions(regions, head) for head in range(heads)]
     pairs = next((one.cosines.shape[1] for one in regions if one.cosines is not None), 0)
 
+    given = _ffi.NULL if tokens is None else _pointer(tokens, "uint32_t[]")
+
     def run(job: tuple[int, int, int]) -> Any:
         part, head, row = job
-        shape = _ffi.new(
-            "ucm_attend_part *",
-            (head, first_token, group, row, min(row + _ROWS, rows), *edges[part : part + 2], pairs),
-        )
+        last_row = min(row + _ROWS, rows)
+        first_page, last_page = edges[part : part + 2]
+        if tokens is not None:
+            # Nothing is seen in the pages behind the last of these rows.
+            last_page = min(last_page, int(tokens[(last_row - 1) // group]) // pages.tokens + 1)
+        spans = (row, last_row, min(first_page, last_page), last_page)
+        shape = _ffi.new("ucm_attend_part *", (head, first_token, group, *spans, pairs, given))
         arrays = (_pointer(array[part, head], "float[]") for array in (peaks, sums, outputs))
         return _lib.ucm_attend(there, seen[head][0], len(regions), shape, *arrays)
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 from ucm_sdk import config
 from ucm_sdk.blend.choosers import Chooser, Evidence
 from ucm_sdk.blend.chunks import Chunk, chunk_ids, from_spans, movable, split
+from ucm_sdk.blend.moving import KeyShift, shift_keys
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.registry import Registry
 
@@ -17,10 +18,12 @@ __all__ = [
     "Chooser",
     "Chunk",
     "Evidence",
+    "KeyShift",
     "chunk_ids",
     "from_spans",
     "make_chooser",
     "movable",
+    "shift_keys",
     "split",
 ]
 

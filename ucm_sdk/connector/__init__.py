@@ -7,6 +7,7 @@ worker side carries out the transfers of one step.  An adapter only translates t
 
 from __future__ import annotations
 
+from ucm_sdk.connector.blend import BlendedKV, BlendPlanner, BlendWorkerSide
 from ucm_sdk.connector.costs import CostModel, cost_file
 from ucm_sdk.connector.offload import (
     FromBlock,
@@ -15,7 +16,13 @@ from ucm_sdk.connector.offload import (
     SparseChange,
     SparsePlan,
 )
-from ucm_sdk.connector.options import ConnectorOptions, SparseConfig, UcmConfig, load_config
+from ucm_sdk.connector.options import (
+    BlendConfig,
+    ConnectorOptions,
+    SparseConfig,
+    UcmConfig,
+    load_config,
+)
 from ucm_sdk.connector.plans import (
     LoadPlan,
     SavePlan,
@@ -30,6 +37,10 @@ from ucm_sdk.connector.streaming import LayerStream
 from ucm_sdk.connector.worker import KVMemory, WorkerSide
 
 __all__ = [
+    "BlendConfig",
+    "BlendPlanner",
+    "BlendWorkerSide",
+    "BlendedKV",
     "ConnectorOptions",
     "CostModel",
     "DecodeRow",

@@ -135,11 +135,11 @@ class CostModel:
         compute_s = self.compute.predict(hit_tokens, token_pairs(computed_tokens, hit_tokens))
         if compute_s is None or hit_tokens == 0:
             return hit_tokens
-        load_s = self._load_s(hit_tokens + queued_tokens, least_s_per_token)
+        load_s = self.load_s(hit_tokens + queued_tokens, least_s_per_token)
         if load_s is not None and load_s <= compute_s:
             return hit_tokens
         block = min(self._block_tokens, hit_tokens)
-        block_s = self._load_s(block + queued_tokens, least_s_per_token)
+        block_s = self.load_s(block + queued_tokens, least_s_per_token)
         if block_s is None:
             return block
         # The more a block is expected to cost, the less often one is tried; but for ever is no time
@@ -152,7 +152,8 @@ class CostModel:
         blocks = int(_PROBE_SHARE / ratio) if ratio > 0 else 1
         return min(hit_tokens, max(1, blocks) * block)
 
-    def _load_s(self, tokens: int, least_s_per_token: float) -> float | None:
+    def load_s(self, tokens: int, least_s_per_token: float = 0.0) -> float | None:
+        """Return the seconds that loading is expected to take, None before anything was seen."""
         expected = self.load.predict(tokens, 1.0)
         if expected is None:
             expected = self.save.predict(tokens, 1.0)

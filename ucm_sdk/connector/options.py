@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pydantic
 
 from ucm_sdk import config
+from ucm_sdk.blend import make_chooser
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.position import METHODS as POSITIONS
 from ucm_sdk.sparse import METHODS, SparseBudget
@@ -81,6 +82,23 @@ class PositionConfig(config.Strict):
     """The trained context; what the model's config.json says when not set."""
 
 
+class BlendConfig(config.Strict):
+    """CacheBlend: chunks of a prompt that were computed elsewhere are reused in any order."""
+
+    separator: tuple[int, ...] = ()
+    """Tokens that end a chunk; without them a request says itself where its chunks are."""
+    chooser: str = "query"
+    """Which reused tokens are computed again, such as ``query`` or ``kv_deviation``."""
+    options: dict[str, Any] = pydantic.Field(default_factory=dict)
+    """Options of the chooser."""
+    ratio: float | None = pydantic.Field(default=0.18, ge=0, le=1)
+    """Share of the tokens behind the prefix that are computed again; null for as many as
+    ``time_share`` leaves time for."""
+    time_share: float = pydantic.Field(default=0.3, gt=0, le=1)
+    """With ``ratio`` null: the share of the time of computing everything that a blend may take, by
+    what this engine has measured."""
+
+
 class UcmConfig(config.Strict):
     """Everything that an adapter reads."""
 
@@ -98,6 +116,8 @@ class UcmConfig(config.Strict):
     """Prefill offload; none when not set."""
     position: PositionConfig | None = None
     """Window extrapolation; none when not set."""
+    blend: BlendConfig | None = None
+    """CacheBlend; none when not set."""
     load_failure: Literal["recompute", "fail"] = "recompute"
     """What the engine does with a request whose load failed."""
 
@@ -114,21 +134,23 @@ def load_config(
         METHODS.get(checked.sparse.method)
     if checked.position is not None:
         POSITIONS.get(checked.position.method)
-    asked = [
-        n for n in ("sparse", "prefill_offload", "position") if getattr(checked, n) is not None
-    ]
+    if checked.blend is not None:
+        make_chooser(checked.blend.chooser, options=checked.blend.options)
+    parts = ("sparse", "prefill_offload", "position", "blend")
+    asked = [name for name in parts if getattr(checked, name) is not None]
     if len(asked) > 1:
         msg = f"{' and '.join(asked)}: each takes the place of the engine's attention; set one"
         raise ConfigError(msg)
-    if checked.prefill_offload is not None:
-        _check_prefill_offload(checked)
+    for name in ("prefill_offload", "blend"):
+        if name in asked:
+            _check_whole_blocks(checked, name)
     return checked
 
 
-def _check_prefill_offload(checked: UcmConfig) -> None:
-    """Refuse what needs all layers of a block in the engine's pool."""
+def _check_whole_blocks(checked: UcmConfig, feature: str) -> None:
+    """Refuse what needs a block's layers one by one."""
     for name, wanted in (("load_mode", "async"), ("save_mode", "step")):
         found = getattr(checked.connector, name)
         if found != wanted:
-            msg = f"connector.{name}={found!r}: with prefill_offload it must be {wanted!r}"
+            msg = f"connector.{name}={found!r}: with {feature} it must be {wanted!r}"
             raise ConfigError(msg)

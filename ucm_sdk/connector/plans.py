@@ -43,6 +43,43 @@ class Conversion:
 
 
 @dataclass(frozen=True, slots=True)
+class Move:
+    """Blocks of a chunk that was computed at the beginning of a request, and where they go."""
+
+    ids: tuple[bytes, ...]
+    first_token: int
+    """Where the first of them begins, counted from the request's first token."""
+    end_token: int
+    """One beyond the last token that is wanted."""
+    shift: int
+    """Positions by which the chunk stands later than it was computed."""
+    first: int
+    """First of the load's blocks that they reach into."""
+    end: int
+    """One beyond the last."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlendPlan:
+    """How a request's chunks are put together; tokens are counted from the request's first."""
+
+    tokens: tuple[int, ...]
+    """The prompt."""
+    table: tuple[int, ...]
+    """The engine's blocks, from the first token to ``end``."""
+    exact: int
+    """Tokens from the first on whose KV is that of a prefix."""
+    end: int
+    """One beyond the last token whose KV is there when the blend has ended."""
+    chunks: tuple[tuple[int, int], ...]
+    """First and last token, not included, of the chunks."""
+    moves: tuple[Move, ...]
+    """Reused blocks; what they do not cover between ``exact`` and ``end`` is computed."""
+    count: int
+    """How many reused tokens are computed again."""
+
+
+@dataclass(frozen=True, slots=True)
 class LoadPlan:
     """Blocks of one request that come from the store."""
 
@@ -52,6 +89,14 @@ class LoadPlan:
     """The engine's blocks that they go to."""
     conversions: tuple[Conversion, ...] = ()
     """Where not all of them are in the store under their ids, where the rest comes from."""
+    blend: BlendPlan | None = None
+    """Where chunks are blended: ``ids`` are then those of the prefix only."""
+
+    @property
+    def converted(self) -> tuple[Conversion | Move, ...]:
+        """What does not come as it is in the store."""
+        moves = self.blend.moves if self.blend is not None else ()
+        return (*self.conversions, *moves)
 
     def some(self, kept: Iterable[int]) -> LoadPlan:
         """Return the load of some of the blocks, as they are in the store."""
@@ -181,4 +226,6 @@ class StepResult:
     """Requests whose asynchronous load has ended, well or not."""
     failed_blocks: set[int] = field(default_factory=set)
     """The engine's blocks that were not filled and must be computed."""
+    unfilled: dict[str, list[int]] = field(default_factory=dict)
+    """The same of requests that are blended, by request: which of their loads' blocks."""
     report: WorkerReport = field(default_factory=WorkerReport)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -20,7 +19,7 @@ from ucm_sdk import telemetry
 from ucm_sdk.availability import Breaker, Operation
 from ucm_sdk.connector.costs import CostModel, token_pairs
 from ucm_sdk.connector.lookups import LookupThread, PendingLookup
-from ucm_sdk.connector.others import OtherLayouts, Prompt, Run, conversions
+from ucm_sdk.connector.others import OtherLayouts, Prompt, conversions
 from ucm_sdk.connector.plans import (
     LoadPlan,
     SavePlan,
@@ -28,12 +27,14 @@ from ucm_sdk.connector.plans import (
     StepPlan,
     WorkerReport,
 )
+from ucm_sdk.connector.requests import Loading, Planned, Request, Save
 from ucm_sdk.hashing import BlockChain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from ucm_sdk.connector.options import ConnectorOptions
+    from ucm_sdk.connector.plans import BlendPlan
     from ucm_sdk.store import KVStoreBase
 
 logger = logging.getLogger(__name__)
@@ -45,48 +46,6 @@ _PATIENCE_STEPS: Final = 3.0
 """A transfer ends in the report of a later step: a younger one than this may long have ended."""
 _OUTDATED_S: Final = 1.0
 """A lookup is made again when it is older than this and than half its lease."""
-
-
-@dataclass(slots=True)
-class _Request:
-    chain: BlockChain
-    request_extra: bytes
-    extras: Mapping[int, bytes]
-    loads: bool = True
-    """False once a load has failed: what failed once is computed."""
-    lookup: PendingLookup | None = None
-    prefetched: bool = False
-    counted: bool = False
-    matched_from: int = 0
-    """Tokens that the engine had itself at the last match."""
-    runs: tuple[Run, ...] = ()
-    """Where the blocks of the last match lie that are not under their own ids."""
-    saved_blocks: int = 0
-    """Blocks from the first on that are in the store or on their way."""
-    found_blocks: int = 0
-    """Blocks from the first on that the store was seen to have, and some of which are computed."""
-
-
-@dataclass(slots=True)
-class _Save:
-    request: str
-    first: int
-    """Index of its first block in the request."""
-    blocks: tuple[int, ...]
-    ranks_left: int
-    started: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Loading:
-    tokens: int
-    started: float
-
-
-@dataclass(slots=True)
-class _Planned:
-    loads: list[LoadPlan] = field(default_factory=list)
-    written: set[int] = field(default_factory=set)
 
 
 class SchedulerSide:
@@ -118,15 +77,15 @@ class SchedulerSide:
         self._lookups = LookupThread(store, lease_s=options.lease_s, others=self._others)
         self._breaker = Breaker(options.retry_after_s)
         self._costs = costs or CostModel(self._block_tokens)
-        self._requests: dict[str, _Request] = {}
-        self._waiting: dict[str, _Request] = {}
+        self._requests: dict[str, Request] = {}
+        self._waiting: dict[str, Request] = {}
         """Requests that wait for memory and whose blocks may be brought nearer meanwhile."""
         self._planned_at, self._step_s = time.monotonic(), 0.0
         self._prefetches = store.capabilities.prefetches
-        self._loading: dict[str, _Loading] = {}
-        self._next = _Planned()
+        self._loading: dict[str, Loading] = {}
+        self._next = Planned()
         self._serial = 0
-        self._saving: dict[int, _Save] = {}
+        self._saving: dict[int, Save] = {}
         self._saving_blocks: dict[int, int] = {}
         self._recorder.set(telemetry.STORE_AVAILABLE, 1)
 
@@ -150,7 +109,7 @@ class SchedulerSide:
         if id in self._requests:
             return
         chain = BlockChain(self._namespace, self._block_tokens, request_extra=request_extra)
-        request = self._requests[id] = _Request(chain, request_extra, extras or {})
+        request = self._requests[id] = Request(chain, request_extra, extras or {})
         if self._look_up(request, tokens, 0) is not None and self._prefetches:
             self._waiting[id] = request
 
@@ -164,6 +123,7 @@ class SchedulerSide:
         request = self._requests.get(id)
         if request is None or not self._loads or not request.loads:
             return 0
+        request.matched_from = computed_tokens
         lookup = request.lookup
         if lookup is None or self._outdated(lookup, computed_tokens // self._block_tokens):
             lookup = self._look_up(request, tokens, computed_tokens // self._block_tokens)
@@ -180,10 +140,17 @@ class SchedulerSide:
             return 0
         return self._claim(request, lookup, tokens, computed_tokens)
 
-    def allocated(self, id: str, blocks: Sequence[int], external_tokens: int) -> None:
+    def allocated(
+        self,
+        id: str,
+        blocks: Sequence[int],
+        external_tokens: int,
+        blend: BlendPlan | None = None,
+    ) -> None:
         """Take the memory that the engine gave for ``external_tokens`` matched tokens.
 
         ``blocks`` are all of the request's blocks.  0 tokens mean that nothing is to be loaded.
+        With ``blend``, only the tokens up to its ``exact`` are those of the last match.
         """
         request = self._requests.get(id)
         if request is None:
@@ -194,22 +161,28 @@ class SchedulerSide:
             return
         first = request.matched_from // self._block_tokens
         end = (request.matched_from + external_tokens) // self._block_tokens
-        ids = tuple(request.chain.ids[first:end])
-        converted = conversions(request.runs, self._store.context.layout, first, end)
-        plan = LoadPlan(id, ids, tuple(blocks[first:end]), converted)
+        known, loaded = end, external_tokens
+        if blend is not None:
+            request.saves = False
+            known = blend.exact // self._block_tokens
+            loaded = blend.exact - request.matched_from
+            loaded += sum(move.end_token - move.first_token for move in blend.moves)
+        ids = tuple(request.chain.ids[first:known])
+        converted = conversions(request.runs, self._store.context.layout, first, known)
+        plan = LoadPlan(id, ids, tuple(blocks[first:end]), converted, blend)
         request.saved_blocks = max(request.saved_blocks, end)
         self._next.loads.append(plan)
         self._next.written.update(plan.blocks)
-        self._recorder.count(telemetry.HIT_TOKENS, external_tokens)
-        self._loading[id] = _Loading(external_tokens, time.monotonic())
+        self._recorder.count(telemetry.HIT_TOKENS, loaded)
+        self._loading[id] = Loading(loaded, time.monotonic())
 
     def plan_step(self, scheduled: Iterable[ScheduledRequest]) -> StepPlan:
         """Return what the workers do in this step."""
         now = time.monotonic()
         self._step_s = max(now - self._planned_at, self._step_s / 2)
         self._planned_at = now
-        planned, self._next = self._next, _Planned()
-        saves: dict[SavePlan, _Save] = {}
+        planned, self._next = self._next, Planned()
+        saves: dict[SavePlan, Save] = {}
         idle = True
         tokens = pairs = 0
         for step in scheduled:
@@ -248,7 +221,7 @@ class SchedulerSide:
         self._serial += 1
         plan = SavePlan(self._serial, tuple(ids), tuple(blocks))
         # Of no request, and in memory that nobody reuses meanwhile.
-        self._saving[plan.serial] = _Save("", 0, (), self._ranks, time.monotonic())
+        self._saving[plan.serial] = Save("", 0, (), self._ranks, time.monotonic())
         return plan
 
     def update(self, report: WorkerReport) -> None:
@@ -277,9 +250,15 @@ class SchedulerSide:
     def look_up(self, id: str, first: int, last: int) -> PendingLookup | None:
         """Start a lookup with a lease of a request's blocks; None when the store is not asked."""
         request = self._requests.get(id)
-        if request is None or not self._breaker.allows("lookup"):
+        if request is None:
             return None
-        return self._lookups.submit(request.chain.ids[first:last], first)
+        return self.look_up_ids(request.chain.ids[first:last], first)
+
+    def look_up_ids(self, ids: Sequence[bytes], first: int = 0) -> PendingLookup | None:
+        """Start a lookup with a lease of blocks of any chain; None when the store is not asked."""
+        if not self._breaker.allows("lookup"):
+            return None
+        return self._lookups.submit(ids, first)
 
     def overwrites(self, blocks: Iterable[int]) -> None:
         """Say that the next step writes to these blocks of the engine's, too."""
@@ -307,9 +286,7 @@ class SchedulerSide:
                 self._others.close()
             self._store.close()
 
-    def _look_up(
-        self, request: _Request, tokens: Sequence[int], first: int
-    ) -> PendingLookup | None:
+    def _look_up(self, request: Request, tokens: Sequence[int], first: int) -> PendingLookup | None:
         """Start the lookup of the blocks from ``first`` on; None when there is nothing to ask."""
         request.chain.extend(tokens, request.extras)
         # One token at least is computed, since its output is wanted.
@@ -335,7 +312,7 @@ class SchedulerSide:
         return gap or age_s > max(_OUTDATED_S, self._options.lease_s / 2)
 
     def _claim(
-        self, request: _Request, lookup: PendingLookup, tokens: Sequence[int], computed: int
+        self, request: Request, lookup: PendingLookup, tokens: Sequence[int], computed: int
     ) -> int:
         size = self._block_tokens
         if lookup.blocks is None:
@@ -346,7 +323,6 @@ class SchedulerSide:
         hit = max(0, stored - computed)
         if hit < self._options.min_hit_tokens or not self._breaker.allows("transfer"):
             hit = 0
-        request.matched_from = computed
         request.runs = lookup.runs
         request.saved_blocks = max(request.saved_blocks, (computed + hit) // size)
         found, hit = hit, self._worth_loading(hit, computed)
@@ -400,7 +376,7 @@ class SchedulerSide:
                 request.prefetched = True
                 yield from lookup.ids[: lookup.blocks or 0]
 
-    def _count(self, request: _Request, result: str) -> None:
+    def _count(self, request: Request, result: str) -> None:
         if not request.counted:
             request.counted = True
             self._recorder.count(telemetry.REQUESTS, labels=(result,))
@@ -412,10 +388,10 @@ class SchedulerSide:
         self._breaker.timed_out(operation)
         self._recorder.set(telemetry.STORE_AVAILABLE, 0)
 
-    def _plan_save(self, step: ScheduledRequest, saves: dict[SavePlan, _Save]) -> None:
+    def _plan_save(self, step: ScheduledRequest, saves: dict[SavePlan, Save]) -> None:
         """Add the blocks that a request's step completes to ``saves``."""
         request = self._requests.get(step.id)
-        if request is None or not self._saves:
+        if request is None or not self._saves or not request.saves:
             return
         size = self._block_tokens
         # Only tokens that are known have an id; a draft may still be rejected.
@@ -433,7 +409,7 @@ class SchedulerSide:
         self._serial += 1
         blocks = tuple(step.blocks[first:full])
         plan = SavePlan(self._serial, tuple(request.chain.ids[first:full]), blocks)
-        saves[plan] = _Save(step.id, first, blocks, self._ranks, time.monotonic())
+        saves[plan] = Save(step.id, first, blocks, self._ranks, time.monotonic())
 
     def _ended_save(self, serial: int, ranks: int) -> None:
         save = self._saving.get(serial)

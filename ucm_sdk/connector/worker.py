@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from ucm_sdk import telemetry
-from ucm_sdk.connector.others import Converter
+from ucm_sdk.connector.converting import Converter
 from ucm_sdk.connector.plans import (
     LoadPlan,
     Observed,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from ucm_sdk.blend import KeyShift
     from ucm_sdk.connector.options import ConnectorOptions
     from ucm_sdk.store import KVStoreBase
     from ucm_sdk.tasks import Task
@@ -118,8 +119,18 @@ class _Save:
 class WorkerSide:
     """The transfers of one rank; not thread-safe, like an engine's worker."""
 
-    def __init__(self, store: KVStoreBase, options: ConnectorOptions, memory: KVMemory) -> None:
-        """Transfer between ``store`` and ``memory``, which has the store's layout."""
+    def __init__(
+        self,
+        store: KVStoreBase,
+        options: ConnectorOptions,
+        memory: KVMemory,
+        *,
+        keys: KeyShift | None = None,
+    ) -> None:
+        """Transfer between ``store`` and ``memory``, which has the store's layout.
+
+        ``keys`` moves the keys of chunks that are blended.
+        """
         layout = store.context.layout
         self._layers, rest = divmod(len(memory.bases), memory.pieces_per_layer)
         if len(memory.bases) != len(layout.piece_bytes) or rest:
@@ -130,7 +141,7 @@ class WorkerSide:
         self._store = store
         self._options = options
         self._memory = memory
-        self._converter = Converter(store, memory)
+        self._converter = Converter(store, memory, keys=keys)
         self._offsets = layout.piece_offsets
         self._lengths = layout.piece_lengths
         self._recorder = store.context.recorder
@@ -261,7 +272,7 @@ class WorkerSide:
         parts, rest = self._start_conversions(plan)
         if len(rest):
             try:
-                own = plan.some(rest) if parts else plan
+                own = plan.some(rest) if len(rest) < len(plan.blocks) else plan
                 task = self._store.load(self._batch(own), owners=self._memory.owners)
             except UcmError:
                 for part in parts:
@@ -273,8 +284,9 @@ class WorkerSide:
     def _start_conversions(self, plan: LoadPlan) -> tuple[list[_Part], NDArray[np.int64]]:
         """Return what was started, and the blocks that are left to load as they are."""
         parts: list[_Part] = []
-        own = np.ones(len(plan.blocks), np.bool_)
-        for one in plan.conversions:
+        # What is blended has ids of its prefix only.
+        own = np.arange(len(plan.blocks)) < len(plan.ids)
+        for one in plan.converted:
             task = self._converter.load(one, plan.blocks[one.first : one.end])
             parts.append(_Part(task, np.arange(one.first, one.end)))
             own[one.first : one.end] = False
@@ -338,7 +350,10 @@ class WorkerSide:
         if not failed:
             report.transfers_ok += 1
             return
-        self._result.failed_blocks.update(plan.blocks[index] for index in failed)
+        if plan.blend is not None:
+            self._result.unfilled[plan.request] = failed
+        else:
+            self._result.failed_blocks.update(plan.blocks[index] for index in failed)
         report.failed_requests[plan.request] = len(plan.blocks) - failed[0]
         report.store_errors += int(np.isin(statuses, STORE_ERRORS).any())
 

@@ -111,10 +111,12 @@ class Blended:
         chunks: Sequence[Chunk],
         *,
         asked: int | None = None,
+        stored: Sequence[int] | None = None,
     ) -> None:
         """Compute each chunk alone, and rotate its keys to its place.
 
-        The question ends before token ``asked``, with the prompt when None.
+        The question ends before token ``asked``, with the prompt when None.  ``stored`` says of
+        each chunk how many of its tokens are reused; the others are computed, all when None.
         """
         self._model = model
         self._asked = len(tokens) if asked is None else asked
@@ -132,7 +134,12 @@ class Blended:
                 cache.keys[layer][:, there] = rotate(alone.keys[layer], *turns)
                 cache.values[layer][:, there] = alone.values[layer]
         self._keys, self._values = cache.keys, cache.values
-        self.candidates = movable(chunks, 0, [len(chunk) for chunk in chunks])
+        reused = [len(chunk) for chunk in chunks] if stored is None else stored
+        self.candidates = movable(chunks, 0, reused)
+        hidden = np.ones(self._end, np.bool_)
+        for chunk, many in zip(chunks, reused, strict=True):
+            hidden[chunk.first : chunk.first + many] = False
+        self._missing = np.flatnonzero(hidden)
 
     def answer(self, chooser: Chooser | None, ratio: float) -> Answer:
         """Return what follows when ``ratio`` of the chunks' tokens are computed again.
@@ -143,15 +150,17 @@ class Blended:
         question = np.arange(end, len(self._tokens))
         none = np.empty(0, np.int64)
         if chooser is None:
-            _, hidden = self._run(np.concatenate([none, question]), model.layers)
-            return Answer(model.head(hidden), 0.0, none)
+            rows = np.concatenate([self._missing, question])
+            _, hidden = self._run(rows, model.layers)
+            return Answer(model.head(hidden[len(self._missing) :]), 0.0, none)
         count = round(ratio * end)
         work = 0
         deviations: dict[str, NDArray[np.float32]] = {}
         attention = None
         if chooser.needs_deviation:
             # The second layer's keys and values are the first that depend on other tokens.
-            fresh, _ = self._run(np.concatenate([self.candidates, question]), 2)
+            rows = np.union1d(self.candidates, self._missing)
+            fresh, _ = self._run(np.concatenate([rows, question]), 2)
             work += 2 * len(self.candidates)
             for name, new, old in zip(
                 ("key_deviation", "value_deviation"),
@@ -167,9 +176,10 @@ class Blended:
             work += model.layers * len(asking)
         evidence = Evidence(self._chunks, self.candidates, attention=attention, **deviations)
         chosen = chooser.choose(evidence, count)
-        _, hidden = self._run(np.concatenate([chosen, question]), model.layers)
-        work += model.layers * len(chosen)
-        logits = model.head(hidden[len(chosen) :])
+        rows = np.union1d(chosen, self._missing)
+        _, hidden = self._run(np.concatenate([rows, question]), model.layers)
+        work += model.layers * len(rows)
+        logits = model.head(hidden[len(rows) :])
         return Answer(logits, work / (model.layers * end), chosen)
 
     def _run(
@@ -185,6 +195,8 @@ class Blended:
         model = self._model
         hidden = model.embed(self._tokens[rows])
         hides = np.arange(len(self._tokens)) > rows[:, None]
+        if seen is not None:
+            hides[:, self._missing] = True  # there is nothing to be seen yet
         for layer in range(layers):
             keys, values = self._keys[layer].copy(), self._values[layer].copy()
 

@@ -19,7 +19,20 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-__all__ = ["PagedAttention", "Pages", "supports"]
+__all__ = ["PagedAttention", "Pages", "attend_all", "supports"]
+
+
+def attend_all(queries: Floats, pages: Pages, tokens: NDArray[np.int64], *, scale: float) -> Floats:
+    """Return the outputs ``[T, H, g, d]`` of the model's own attention, causal by true position.
+
+    ``queries`` ``[T, H, g, d]`` are those of ``tokens``, ascending, which need not follow each
+    other; each sees every token before it, and itself.
+    """
+    count, heads, group, size = queries.shape
+    rows = (queries * np.float32(scale)).transpose(1, 0, 2, 3).reshape(heads, count * group, size)
+    region = PagedRegion(0, int(tokens[-1]) + 1, 0, None, rows)
+    found = attend(pages, [region], group=group, tokens=tokens.astype(np.uint32))
+    return found.reshape(heads, count, group, size).transpose(1, 0, 2, 3)
 
 
 class PagedAttention:

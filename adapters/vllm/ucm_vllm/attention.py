@@ -3,7 +3,8 @@
 
 Under sparse attention, rows that decode one token may attend to a part of their KV; under prefill
 offload, a layer's KV comes before it is written to and goes after it was attended to; under window
-extrapolation, long requests see distant tokens at other positions.
+extrapolation, long requests see distant tokens at other positions; under CacheBlend, some tokens of
+a request are computed again between two steps.
 
 The backend takes the place of vLLM's own under its own name, and is vLLM's own wherever the
 connector's configuration asks for none of them.
@@ -31,8 +32,9 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from ucm_sdk.connector import UcmConfig, load_config
 from ucm_sdk.errors import ConfigError
-from ucm_vllm.layout import TRANSPOSED_KEYS
-from ucm_vllm.pool import SparseSpec, StreamedSpec
+from ucm_vllm.blend import BlendPass
+from ucm_vllm.pages import TRANSPOSED_KEYS
+from ucm_vllm.pool import ManagedSpec, StreamedSpec
 
 CONNECTORS = ("UcmConnector", "KVStoreConnector")
 
@@ -113,8 +115,8 @@ class UcmMetadataBuilder(CPUAttentionMetadataBuilder):
         super().__init__(*args, **kwargs)
         if self.isa not in TRANSPOSED_KEYS:
             msg = (
-                f"sparse, position: keys of instruction set {self.isa!r} cannot be read; use "
-                "--dtype float32 and a block size that is a multiple of 32"
+                f"sparse, position, blend: keys of instruction set {self.isa!r} cannot be read; "
+                "use --dtype float32 and a block size that is a multiple of 32"
             )
             raise ConfigError(msg)
 
@@ -202,6 +204,45 @@ class StreamedAttentionImpl(CPUAttentionBackendImpl):
         return output
 
 
+class BlendAttentionImpl(CPUAttentionBackendImpl):
+    """One layer's attention, which passes over some tokens of a request may take over."""
+
+    def do_kv_cache_update(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Write the keys and values of a step, or of a pass that wants it."""
+        metadata = get_forward_context().attn_metadata
+        one = metadata.get(layer.layer_name) if isinstance(metadata, dict) else None
+        if not isinstance(one, BlendPass) or one.writes(layer.layer_name, key, value, kv_cache):
+            super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+
+    def forward(  # noqa: PLR0917 - vLLM's signature
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: CPUAttentionMetadata | BlendPass | None,
+        output: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Attend as vLLM does, or as a pass does."""
+        if not isinstance(attn_metadata, BlendPass):
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
+            )
+        found = attn_metadata.attend(layer.layer_name, query, (key, value), kv_cache, self.scale)
+        output.view_as(query).copy_(found)
+        return output
+
+
 def _of_connector(name: str) -> Any:
     """Return what the worker's connector has under ``name``; None while there is none."""
     return getattr(get_kv_transfer_group(), name, None) if has_kv_transfer_group() else None
@@ -228,6 +269,7 @@ class UcmCPUBackend(CPUAttentionBackend):
             (asked.sparse, SparseAttentionImpl),
             (asked.prefill_offload, StreamedAttentionImpl),
             (asked.position, PositionAttentionImpl),
+            (asked.blend, BlendAttentionImpl),
         ):
             if part is not None:
                 return implementation
@@ -237,17 +279,18 @@ class UcmCPUBackend(CPUAttentionBackend):
     def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
         """Return the builder for the engine that is being built."""
         asked = UcmCPUBackend.built_for
-        changing = asked is not None and (asked.sparse or asked.position) is not None
+        parts = (asked.sparse, asked.position, asked.blend) if asked is not None else ()
+        changing = any(part is not None for part in parts)
         return UcmMetadataBuilder if changing else CPUAttentionMetadataBuilder
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Return a spec of ours, where attention is sparse or prefill is offloaded."""
+        """Return a spec of ours, where the pool must do other than vLLM's."""
         asked = cls.built_for
         if asked is None or type(spec) is not FullAttentionSpec:
             return spec
-        if asked.sparse is not None:
-            return SparseSpec.of(spec)
+        if asked.sparse is not None or asked.blend is not None:
+            return ManagedSpec.of(spec)
         if asked.prefill_offload is not None:
             # A pool with room for more layers than there are would be a pool without offload.
             device_layers = min(asked.prefill_offload.device_layers, cls.layers)

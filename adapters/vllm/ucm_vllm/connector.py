@@ -151,6 +151,10 @@ class UcmConnector(KVConnectorBase_V1):
         """Whom this worker's attention tells of every layer; None without prefill offload."""
         return self._worker.layers if self._worker is not None else None
 
+    def bind_model(self, model: torch.nn.Module) -> None:
+        """Take the model, which vLLM tells its worker only: see ``UcmCPUWorker``."""
+        self._at_worker.bind(model)
+
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Take the engine's KV memory."""
         self._at_worker.register(kv_caches)

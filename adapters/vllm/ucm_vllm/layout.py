@@ -15,10 +15,7 @@ from ucm_sdk.connector import KVMemory, UcmConfig
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.model_identity import config_digest, find_model, model_identity, rope_parameters
 from ucm_vllm import compat
-from ucm_vllm.pool import SparseSpec, StreamedSpec
-
-TRANSPOSED_KEYS = ("vec", "vec16", "neon")
-"""Instruction sets whose pages hold, per head, K as [head_size, tokens] and then V."""
+from ucm_vllm.pool import ManagedSpec, StreamedSpec
 
 
 def _refuse(what: str) -> NoReturn:
@@ -45,7 +42,7 @@ def check_supported(config: VllmConfig, kv_config: KVCacheConfig) -> FullAttenti
             f"({', '.join(kinds)})"
         )
     spec = groups[0].kv_cache_spec
-    served = {FullAttentionSpec, MLAAttentionSpec, SparseSpec, StreamedSpec}
+    served = {FullAttentionSpec, MLAAttentionSpec, ManagedSpec, StreamedSpec}
     if type(spec) not in served or spec.non_causal:
         _refuse(f"ucm_vllm serves causal full attention, not {type(spec).__name__}")
     for name in ("sliding_window", "attention_chunk_size"):

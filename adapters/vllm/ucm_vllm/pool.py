@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""vLLM's pool of KV blocks under sparse attention, and under prefill offload.
+"""vLLM's pool of KV blocks under sparse attention, CacheBlend and prefill offload.
 
 With sparse offload a request gives back its middle for a few slots.  With prefill offload a block
 has room for a few of its layers.  A KV cache spec of our own has a manager of our own; both are
@@ -27,15 +27,15 @@ from ucm_sdk.connector import Offloaded, OffloadPlanner
 from ucm_sdk.errors import ConfigError
 
 
-class SparseManager(FullAttentionManager):
+class PoolManager(FullAttentionManager):
     """Frees what the planner says, and keeps the slots that are given instead."""
 
     def __init__(self, kv_cache_spec: AttentionSpec, **arguments: Any) -> None:
         """See vLLM's."""
         super().__init__(kv_cache_spec, **arguments)
         self.planner: OffloadPlanner | None = None
-        self.caches_prompts_only = False
-        """Set where attention is sparse."""
+        self.cached_tokens: Callable[[Request], int] | None = None
+        """How many tokens of a request may be found by others; None for all of them."""
         self.known_tokens: Callable[[str], int] = lambda _: 0
         """How many tokens of a request are known, its last output included."""
         self._offloaded: dict[str, Offloaded] = {}
@@ -75,12 +75,12 @@ class SparseManager(FullAttentionManager):
         self._offloaded[request_id] = plan
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Make whole blocks known to vLLM's prefix cache, of the prompt only.
+        """Make whole blocks known to vLLM's prefix cache, as far as they are what they say.
 
-        What is decoded sparsely is not what dense attention would have computed.
+        What is decoded sparsely, or blended, is not what dense attention would have computed.
         """
-        if self.caches_prompts_only:
-            num_tokens = min(num_tokens, request.num_prompt_tokens)
+        if self.cached_tokens is not None:
+            num_tokens = min(num_tokens, self.cached_tokens(request))
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
@@ -93,11 +93,11 @@ class SparseManager(FullAttentionManager):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseSpec(FullAttentionSpec):
-    """Full attention whose blocks may leave the pool."""
+class ManagedSpec(FullAttentionSpec):
+    """Full attention whose blocks may leave the pool, or stay unknown to other requests."""
 
     @classmethod
-    def of(cls, spec: FullAttentionSpec) -> SparseSpec:
+    def of(cls, spec: FullAttentionSpec) -> ManagedSpec:
         """Return the same spec as one of this kind."""
         return cls(**{field.name: getattr(spec, field.name) for field in fields(spec)})
 
@@ -151,7 +151,7 @@ def register() -> None:
     # A registry that is not empty is taken for one that has vLLM's own specs.
     KVCacheSpecRegistry._ensure_registered()  # noqa: SLF001 - there is no public way
     KVCacheSpecRegistry.register(
-        SparseSpec, manager_class=SparseManager, uniform_type_base_spec=FullAttentionSpec
+        ManagedSpec, manager_class=PoolManager, uniform_type_base_spec=FullAttentionSpec
     )
     KVCacheSpecRegistry.register(
         StreamedSpec,

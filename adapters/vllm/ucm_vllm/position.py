@@ -11,7 +11,8 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.model_identity import find_model, rope_parameters, trained_tokens
 from ucm_sdk.position import PositionMethod, make_position, make_rope
-from ucm_sdk.position.paged import PagedAttention, Pages, supports
+from ucm_sdk.position.paged import PagedAttention
+from ucm_vllm.pages import LayerPages
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -69,48 +70,19 @@ class VllmPosition:
     ) -> None:
         """Write the outputs of ``rows``; ``query`` and ``output`` are ``[tokens, heads, d]``."""
         starts, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
-        heads = kv_cache.shape[1]
-        memory = _Memory(kv_cache)
-        if memory.in_c:
+        tables, heads = metadata.block_table.numpy(), kv_cache.shape[1]
+        pages = LayerPages(kv_cache)
+        if pages.in_c:
             self._paged = self._paged or PagedAttention(self._method, scale=scale)
         for row in rows:
             first, last = starts[row], starts[row + 1]
-            if memory.in_c and self._paged is not None:
+            if pages.in_c and self._paged is not None:
                 asked = query[first:last].unflatten(1, (heads, -1)).numpy()
-                pages = memory.pages(metadata.block_table[row], lengths[row])
-                answers = self._paged.attend(asked, pages, length=lengths[row])
+                there = pages.addresses(tables[row], lengths[row])
+                answers = self._paged.attend(asked, there, length=lengths[row])
                 output[first:last] = torch.from_numpy(answers).flatten(1, 2)
                 continue
-            keys, values = _gather(kv_cache, metadata.block_table[row], lengths[row])
+            keys, values = pages.gather(tables[row], lengths[row])
             grouped = query[first:last].unflatten(1, (heads, -1)).permute(1, 2, 0, 3).float()
             found = self._method.attend(grouped, keys, values, scale=scale)
             output[first:last] = found.permute(2, 0, 1, 3).flatten(1, 2)
-
-
-class _Memory:
-    """One layer's pages where they lie."""
-
-    def __init__(self, kv_cache: torch.Tensor) -> None:
-        self._cache = kv_cache
-        _, _, self._tokens, both = kv_cache.shape
-        self._size = both // 2
-        self.in_c = kv_cache.dtype == torch.float32 and supports(self._tokens, self._size)
-        """Whether the SDK's kernel reads them; otherwise torch does, which takes longer."""
-
-    def pages(self, table: torch.Tensor, tokens: int) -> Pages:
-        page, head = (self._cache.stride(axis) * self._cache.element_size() for axis in (0, 1))
-        numbers = table[: -(-tokens // self._tokens)].numpy()
-        return Pages(self._cache.data_ptr(), page, head, numbers, self._tokens, self._size)
-
-
-def _gather(
-    kv_cache: torch.Tensor, table: torch.Tensor, tokens: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return keys and values ``[H, N, d]``, float32, of a row of a cache of transposed keys."""
-    _, heads, size, both = kv_cache.shape
-    dim = both // 2
-    blocks = table[: -(-tokens // size)].long()
-    pages = kv_cache.view(len(kv_cache), heads, 2, dim * size)
-    keys = pages[blocks, :, 0].view(-1, heads, dim, size).permute(1, 2, 0, 3).flatten(2)
-    values = pages[blocks, :, 1].view(-1, heads, size, dim).permute(1, 0, 2, 3).flatten(1, 2)
-    return keys[:, :, :tokens].transpose(1, 2).float(), values[:, :tokens].float()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, overload
 
 from ucm_sdk import StoreContext
 from ucm_sdk.connector import (
+    BlendPlanner,
     CostModel,
     FromBlock,
     OffloadPlanner,
@@ -22,10 +24,10 @@ from ucm_sdk.connector import (
     WorkerReport,
     cost_file,
 )
-from ucm_sdk.errors import ConfigError
+from ucm_sdk.errors import ArgumentError, ConfigError
 from ucm_sdk.telemetry import Increments, Recorder
 from ucm_vllm.layout import make_layout, make_namespace, open_shared_store
-from ucm_vllm.pool import SparseManager
+from ucm_vllm.pool import PoolManager
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from ucm_sdk.connector import UcmConfig
+
+logger = logging.getLogger(__name__)
 
 
 class _Blocks(Sequence[int]):
@@ -62,6 +66,11 @@ class _Blocks(Sequence[int]):
         return self._numbers[index]
 
 
+def _extra(request: Request) -> bytes:
+    """Return what keeps a tenant's requests apart."""
+    return (request.cache_salt or "").encode()
+
+
 class VllmScheduler:
     """Translates requests and scheduler outputs; keeps the requests that are alive."""
 
@@ -73,22 +82,31 @@ class VllmScheduler:
             recorder=Recorder(),
         )
         role = config.kv_transfer_config.kv_role
+        costs = CostModel(
+            context.layout.block_tokens,
+            file=cost_file(
+                ucm.store,
+                context.namespace.describe(),
+                context.layout.canonical(),
+                config.device_config.device_type,
+            ),
+        )
         self._side = SchedulerSide(
             open_shared_store(ucm, context),
             ucm.connector,
             ranks=config.parallel_config.world_size,
             loads=role != "kv_producer",
             saves=role != "kv_consumer",
-            costs=CostModel(
-                context.layout.block_tokens,
-                file=cost_file(
-                    ucm.store,
-                    context.namespace.describe(),
-                    context.layout.canonical(),
-                    config.device_config.device_type,
-                ),
-            ),
+            costs=costs,
         )
+        self._blend: BlendPlanner | None = None
+        if ucm.blend is not None:
+            if role == "kv_producer":
+                msg = "blend needs a role that loads: set kv_role to kv_both or kv_consumer"
+                raise ConfigError(msg)
+            self._blend = BlendPlanner(
+                ucm.blend, ucm.connector, context, look_up=self._side.look_up_ids, costs=costs
+            )
         self._recorder = context.recorder
         self._load_async = ucm.connector.load_mode == "async"
         self._requests: dict[str, Request] = {}
@@ -98,7 +116,7 @@ class VllmScheduler:
         if ucm.sparse is not None and ucm.sparse.offload and role == "kv_consumer":
             msg = "sparse.offload needs a role that saves: set kv_role to kv_both or kv_producer"
             raise ConfigError(msg)
-        self._pool: SparseManager | None = None
+        self._pool: PoolManager | None = None
         self._sent: dict[str, tuple[int, int]] = {}
         """Requests that the workers know: up to which block each is out, and its slots."""
         self._gone: list[str] = []
@@ -121,26 +139,43 @@ class VllmScheduler:
         self._side.add(
             request.request_id,
             request.all_token_ids,
-            request_extra=(request.cache_salt or "").encode(),
+            request_extra=_extra(request),
             extras=self._decoded(request),
         )
+        if self._blend is not None and request.prompt_token_ids is not None:
+            try:
+                self._blend.add(
+                    request.request_id,
+                    request.prompt_token_ids,
+                    spans=(request.kv_transfer_params or {}).get("chunks"),
+                    request_extra=_extra(request),
+                )
+            except (ArgumentError, TypeError, ValueError) as error:
+                logger.warning("request %s is not blended: %s", request.request_id, error)
 
     def bind(self, manager: KVCacheManager) -> None:
         """Take the manager of vLLM's pool."""
         pool = manager.coordinator.single_type_managers[0]
-        if self._sparse is None:
+        if self._sparse is None and self._blend is None:
             return
-        if not isinstance(pool, SparseManager):
-            msg = f"sparse: vLLM uses {type(pool).__name__} for its pool and not ucm_vllm's"
+        if not isinstance(pool, PoolManager):
+            msg = f"vLLM uses {type(pool).__name__} for its pool and not ucm_vllm's"
             raise ConfigError(msg)
-        pool.caches_prompts_only = True
-        if not self._sparse.offload:
+        pool.cached_tokens = self._cached_tokens
+        if self._sparse is None or not self._sparse.offload:
             return
         self._pool = pool
         pool.known_tokens = self._known_tokens
         pool.planner = OffloadPlanner(
             self._sparse.budget, self._block_tokens, self._side.look_up, lease_s=self._lease_s
         )
+
+    def _cached_tokens(self, request: Request) -> int:
+        """Return how many tokens have the KV that they name."""
+        if self._blend is None:
+            return request.num_prompt_tokens
+        exact = self._blend.exact_tokens(request.request_id)
+        return request.num_tokens if exact is None else exact
 
     def _known_tokens(self, request_id: str) -> int:
         request = self._requests.get(request_id)
@@ -192,11 +227,18 @@ class VllmScheduler:
     def matched_tokens(self, request: Request, computed_tokens: int) -> tuple[int | None, bool]:
         """Return how many tokens the store gives beyond vLLM's own, and whether to wait."""
         found = self._side.match(request.request_id, request.all_token_ids, computed_tokens)
+        if self._blend is not None and found is not None:
+            end = self._blend.match(request.request_id, computed_tokens + found)
+            found = None if end is None else max(found, end - computed_tokens)
         return found, self._load_async and bool(found)
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
         """Plan the load into the blocks that vLLM gave."""
-        self._side.allocated(request.request_id, blocks.get_block_ids()[0], external_tokens)
+        id, table, blend = request.request_id, blocks.get_block_ids()[0], None
+        if self._blend is not None and external_tokens:
+            first_block = self._side.matched_from(id) // self._block_tokens
+            blend = self._blend.plan(id, table, first_block)
+        self._side.allocated(id, table, external_tokens, blend)
 
     def plan_step(self, output: SchedulerOutput) -> StepPlan:
         """Return what the workers do in this step."""
@@ -225,6 +267,8 @@ class VllmScheduler:
         self._requests.pop(request.request_id, None)
         if self._sent.pop(request.request_id, None) is not None:
             self._gone.append(request.request_id)
+        if self._blend is not None:
+            self._blend.finished(request.request_id)
         self._side.finished(request.request_id)
 
     def take_increments(self) -> Increments:

@@ -22,7 +22,7 @@ from ucm_sdk.sparse import (
     make_method,
 )
 from ucm_sdk.sparse.kernels import known_mass
-from ucm_vllm.layout import TRANSPOSED_KEYS
+from ucm_vllm.pages import TRANSPOSED_KEYS, LayerPages
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -106,7 +106,7 @@ class VllmSparse:
         if self._step is None or self._step.metadata is not metadata:
             self._check(layer_name, kv_cache, metadata)
             self._step = _Step.of(metadata, self._side, self._budget, self._method.geometry)
-        layer, step, keys = self._layers[layer_name], self._step, _Keys(kv_cache, self._method)
+        layer, step, pages = self._layers[layer_name], self._step, LayerPages(kv_cache)
         self._method.attention_begin(layer)
         for row, computed in step.rows:
             self._side.summarise(
@@ -114,13 +114,13 @@ class VllmSparse:
                 row.request,
                 computed_tokens=computed,
                 tokens=row.tokens,
-                keys=functools.partial(keys.of, row.blocks),
+                keys=functools.partial(_keys, pages, row.blocks),
             )
         tables: list[NDArray[np.int32] | None] = []
         if step.decoding:
             queries = step.queries(query, self._method.geometry)
             votes = self._method.options.vote == "probability"
-            known = keys.known(queries, step) if votes else None
+            known = step.known(queries, pages, self._method.geometry) if votes else None
             tables = self._side.tables(layer, step.decoding, queries, known)
         self._method.attention_finished(layer)
         if all(table is None for table in tables):
@@ -207,6 +207,13 @@ class _Step:
         found: NDArray[np.float32] = query[self.last_tokens].float().view(shape).numpy()
         return found
 
+    def known(
+        self, queries: NDArray[np.float32], pages: LayerPages, geometry: AttentionGeometry
+    ) -> NDArray[np.float32]:
+        """Return the log-sum-exp of the scores over sink and recent tokens, ``[R, H, g]``."""
+        scaled = queries * np.float32(geometry.score_scale)
+        return known_mass(scaled, pages.all_keys(), self.kept, self.ends, self.in_last)
+
     def changed(
         self, attended: Sequence[NDArray[np.int32] | None]
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -221,26 +228,6 @@ class _Step:
         return tables, lengths
 
 
-class _Keys:
-    """The keys of one layer in vLLM's cache ``[pages, H, B, 2 d]``, K transposed."""
-
-    def __init__(self, kv_cache: torch.Tensor, method: UcmSparseBase) -> None:
-        """Look at ``kv_cache``; nothing is copied."""
-        geometry = method.geometry
-        halves = (2, geometry.head_size, geometry.block_tokens)
-        whole = kv_cache.view(len(kv_cache), geometry.kv_heads, *halves)
-        self._pages = whole[:, :, 0]  # [pages, H, d, B]
-        self._scale = np.float32(geometry.score_scale)
-
-    def of(self, table: NDArray[np.int32], blocks: range) -> NDArray[Any]:
-        """Return a copy ``[n, H, B, d]`` of some blocks of a table; float32 of bfloat16."""
-        pages = table[blocks.start : blocks.stop : blocks.step].astype(np.int64)
-        keys = self._pages[torch.from_numpy(pages)]
-        return (keys.float() if keys.dtype == torch.bfloat16 else keys).numpy().swapaxes(2, 3)
-
-    def known(self, queries: NDArray[np.float32], step: _Step) -> NDArray[np.float32]:
-        """Return the log-sum-exp of the scores over sink and recent tokens, ``[R, H, g]``."""
-        keys = self._pages
-        memory = keys.view(torch.uint16) if keys.dtype == torch.bfloat16 else keys
-        pages = memory.numpy().swapaxes(2, 3)
-        return known_mass(queries * self._scale, pages, step.kept, step.ends, step.in_last)
+def _keys(pages: LayerPages, table: NDArray[np.int32], blocks: range) -> NDArray[Any]:
+    """Return a copy ``[n, H, B, d]`` of the keys of some blocks of a table."""
+    return pages.keys(table[blocks.start : blocks.stop : blocks.step].astype(np.int64))

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from ucm_sdk import StoreContext
+from ucm_sdk.blend import KeyShift, make_chooser
 from ucm_sdk.connector import (
+    BlendWorkerSide,
     SparsePlan,
     SparseWorkerSide,
     StepPlan,
@@ -20,6 +22,7 @@ from ucm_sdk.errors import ConfigError
 from ucm_sdk.sparse import SparseKVManager
 from ucm_sdk.telemetry import Increments, Recorder
 from ucm_vllm.attention import UcmCPUBackend
+from ucm_vllm.blend import VllmBlend, check_blend, check_rotation
 from ucm_vllm.layout import (
     check_supported,
     make_layout,
@@ -60,7 +63,7 @@ class VllmWorker:
             name: index for index, name in enumerate(kv_config.kv_cache_groups[0].layer_names)
         }
         spec = check_supported(config, kv_config)
-        for name in ("sparse", "prefill_offload", "position"):
+        for name in ("sparse", "prefill_offload", "position", "blend"):
             if getattr(ucm, name) is not None and UcmCPUBackend.built_for is None:
                 msg = (
                     f"{name}: vLLM has built its attention without ucm_vllm's; the plugin 'ucm' "
@@ -73,6 +76,9 @@ class VllmWorker:
         self.position = None
         if ucm.position is not None:
             self.position = VllmPosition(make_position_method(ucm.position, config, spec))
+        self._config, self._blend_config = config, ucm.blend
+        self._rope = check_blend(config, spec) if ucm.blend is not None else None
+        self.blend: BlendWorkerSide | None = None
         self._device_layers = 0
         if isinstance(spec, StreamedSpec):
             if config.speculative_config is not None:
@@ -100,7 +106,9 @@ class VllmWorker:
             )
             # What the store gives and gets is all layers'.
             memory = self.layers.host
-        self._registered = WorkerSide(self._store, self._options, memory)
+        layout = self._context.layout
+        keys = KeyShift(layout, self._rope) if self._rope is not None else None
+        self._registered = WorkerSide(self._store, self._options, memory, keys=keys)
         if self._sparse_config is not None and self._sparse_method is not None:
             manager = SparseKVManager(self._sparse_method, self._sparse_config.budget)
             side = SparseWorkerSide(
@@ -112,6 +120,20 @@ class VllmWorker:
             )
             self.sparse = VllmSparse(side, self._sparse_method, manager, self._layers)
 
+    def bind(self, model: torch.nn.Module) -> None:
+        """Take the model that blends are computed with."""
+        if self._blend_config is None or self._rope is None:
+            return
+        check_rotation(model, self._rope)
+        block_tokens = self._context.layout.block_tokens
+        self.blend = BlendWorkerSide(
+            make_chooser(self._blend_config.chooser, options=self._blend_config.options),
+            VllmBlend(model, self._config, self._layers, block_tokens),
+            block_tokens=block_tokens,
+            most_rows=self._config.scheduler_config.max_num_batched_tokens,
+            recorder=self._context.recorder,
+        )
+
     @property
     def _side(self) -> WorkerSide:
         if self._registered is None:
@@ -122,6 +144,8 @@ class VllmWorker:
     def begin_step(self, plan: StepPlan, sparse: SparsePlan) -> None:
         """End saves whose memory this step overwrites."""
         self._side.begin_step(plan)
+        if self.blend is not None:
+            self.blend.begin_step(plan)
         if self.sparse is not None:
             self.sparse.begin_step(sparse)
 
@@ -148,6 +172,8 @@ class VllmWorker:
         if self.sparse is not None:
             self.sparse.end_step(sparse)
         self._result = self._side.end_step(plan)
+        if self.blend is not None:
+            self.blend.end_step(self._result)
         return self._result.loaded
 
     def take_failed_blocks(self) -> set[int]:

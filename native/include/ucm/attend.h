@@ -43,6 +43,7 @@ typedef struct {
     uint32_t first_row, last_row;   /* the rows that this call computes */
     uint32_t first_page, last_page; /* the pages that it looks at */
     uint32_t pairs;
+    const uint32_t *tokens; /* unless NULL, row r is a query at token tokens[r / group] instead */
 } ucm_attend_part;
 
 /*

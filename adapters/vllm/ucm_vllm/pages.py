@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: MIT
+"""One layer's KV as vLLM's CPU kernels keep it: per head, K transposed and then V."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ucm_sdk.position.paged import Pages, supports
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+TRANSPOSED_KEYS = ("vec", "vec16", "neon")
+"""Instruction sets whose pages are like this."""
+
+
+class LayerPages:
+    """A cache ``[pages, H, B, 2 d]`` where it lies; nothing is copied unless it says so."""
+
+    def __init__(self, kv_cache: torch.Tensor) -> None:
+        """Look at ``kv_cache``."""
+        self._cache = kv_cache
+        count, self.heads, self._tokens, both = kv_cache.shape
+        self._size = both // 2
+        halves = kv_cache.view(count, self.heads, 2, self._size * self._tokens)
+        self._keys = halves[:, :, 0].unflatten(2, (self._size, self._tokens))
+        self._values = halves[:, :, 1].unflatten(2, (self._tokens, self._size))
+        self.in_c = kv_cache.dtype == torch.float32 and supports(self._tokens, self._size)
+        """Whether the SDK's kernels attend to them; otherwise torch does, which takes longer."""
+
+    def addresses(self, table: NDArray[np.int32], tokens: int) -> Pages:
+        """Return where a request's pages lie."""
+        page, head = (self._cache.stride(axis) * self._cache.element_size() for axis in (0, 1))
+        numbers = table[: -(-tokens // self._tokens)]
+        return Pages(self._cache.data_ptr(), page, head, numbers, self._tokens, self._size)
+
+    def all_keys(self) -> NDArray[Any]:
+        """Return all keys ``[pages, H, B, d]``; bfloat16 as its bits."""
+        keys = self._keys
+        memory = keys.view(torch.uint16) if keys.dtype == torch.bfloat16 else keys
+        found: NDArray[Any] = memory.numpy().swapaxes(2, 3)
+        return found
+
+    def keys(self, blocks: NDArray[np.int64]) -> NDArray[Any]:
+        """Return a copy ``[n, H, B, d]`` of some pages' keys; float32 of bfloat16."""
+        keys = self._keys[torch.from_numpy(blocks)]
+        wide = keys.float() if keys.dtype == torch.bfloat16 else keys
+        found: NDArray[Any] = wide.numpy().swapaxes(2, 3)
+        return found
+
+    def gather(self, table: NDArray[np.int32], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return copies of a request's keys and values ``[H, tokens, d]``, float32."""
+        blocks = torch.from_numpy(table[: -(-tokens // self._tokens)]).long()
+        keys = self._keys[blocks].permute(1, 2, 0, 3).flatten(2)
+        values = self._values[blocks].permute(1, 0, 2, 3).flatten(1, 2)
+        return keys[:, :, :tokens].transpose(1, 2).float(), values[:, :tokens].float()
