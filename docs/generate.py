@@ -23,8 +23,10 @@ import pydantic
 from pydantic.fields import FieldInfo
 
 from ucm_sdk import telemetry
+from ucm_sdk.blend import CHOOSERS, Chooser
+from ucm_sdk.config import Strict
 from ucm_sdk.connector import ConnectorOptions, SparseConfig, UcmConfig
-from ucm_sdk.connector.options import PositionConfig, PrefillOffloadConfig
+from ucm_sdk.connector.options import BlendConfig, PositionConfig, PrefillOffloadConfig
 from ucm_sdk.errors import Status
 from ucm_sdk.position import METHODS as POSITIONS
 from ucm_sdk.position import PositionMethod, PositionOptions
@@ -43,6 +45,7 @@ TYPE_NAMES: Final = {
     Path: "path",
     dict: "table",
     frozenset: "list of whole numbers",
+    tuple: "list of whole numbers",
     types.NoneType: "none",
 }
 BOUNDS: Final = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
@@ -52,6 +55,7 @@ PROCESSORS: Final = "the number of processors, at least 2 and at most 4"
 COMPUTED_DEFAULTS: Final = {
     ("FileOptions", "io_threads"): PROCESSORS,
     ("SharedMemoryOptions", "io_threads"): PROCESSORS,
+    ("BlendConfig", "options"): "none",
     ("PositionConfig", "options"): "none",
     ("SparseConfig", "options"): "none",
 }
@@ -130,6 +134,11 @@ STATUS_TEXTS: Final = {
 }
 STATUSES: Final = {label: STATUS_TEXTS[label] for label in (Status.OK.label, *FAILURES)}
 LABEL_VALUES: Final[dict[tuple[str, str], dict[str, str]]] = {
+    ("ucm_blend_tokens", "kind"): {
+        "reused": "taken from chunks",
+        "chosen": "of these, computed again",
+        "missing": "computed because no chunk has them or they did not load",
+    },
     ("ucm_layer_bytes", "direction"): {
         "in": "from the host to the device",
         "out": "from the device to the host",
@@ -269,9 +278,11 @@ def configuration() -> str:
     lines += model_section("`sparse`", SparseConfig)
     lines += model_section("`prefill_offload`", PrefillOffloadConfig)
     lines += model_section("`position`", PositionConfig)
+    lines += model_section("`blend`", BlendConfig)
     lines += model_section("`sparse.budget`", SparseBudget)
     lines += method_sections("sparse.options", METHODS, UcmSparseBase, MethodOptions)
     lines += method_sections("position.options", POSITIONS, PositionMethod, PositionOptions)
+    lines += method_sections("blend.options", CHOOSERS, Chooser, Strict, key="chooser")
     for kind in built_in_stores():
         lines += model_section(f"`store`, with `kind = {kind}`", store_class(kind).Options)
     lines += [
@@ -285,11 +296,12 @@ def configuration() -> str:
 def method_sections(
     where: str,
     methods: Registry,
-    base: type[UcmSparseBase | PositionMethod],
+    base: type[UcmSparseBase | PositionMethod | Chooser],
     options: type[pydantic.BaseModel],
+    key: str = "method",
 ) -> list[str]:
     """Return the options that all methods of a kind have, and what each one has of its own."""
-    lines = model_section(f"`{where}`, of every method", options)
+    lines = model_section(f"`{where}`, of every {key}", options) if options.model_fields else []
     common = set(options.model_fields)
     for name in methods.names():
         method: Any = methods.get(name)
@@ -298,12 +310,12 @@ def method_sections(
         if not method.__module__.startswith("ucm_sdk."):
             continue
         own = [
-            key
-            for key, field in method.Options.model_fields.items()
-            if key not in common or field.default != options.model_fields[key].default
+            option
+            for option, field in method.Options.model_fields.items()
+            if option not in common or field.default != options.model_fields[option].default
         ]
         if own:
-            lines += model_section(f"`{where}`, with `method = {name}`", method.Options, own)
+            lines += model_section(f"`{where}`, with `{key} = {name}`", method.Options, own)
     return lines
 
 

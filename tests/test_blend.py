@@ -10,16 +10,22 @@ from ucm_sdk.blend import (
     CHOOSERS,
     Chunk,
     Evidence,
+    KeyShift,
     chunk_ids,
     from_spans,
     make_chooser,
     movable,
+    shift_keys,
     split,
 )
 from ucm_sdk.errors import ArgumentError, ConfigError
 from ucm_sdk.hashing import BlockChain
+from ucm_sdk.layout import KVLayout
+from ucm_sdk.position import make_rope
 
 NAMESPACE = bytes(32)
+B, SIZE = 8, 16
+ROPE = make_rope({"rope_theta": 100.0}, head_size=SIZE, context_tokens=4096)
 CHUNKS = (Chunk(0, 10), Chunk(10, 25), Chunk(25, 40))
 
 
@@ -116,3 +122,21 @@ def test_unknown_names_are_named() -> None:
         make_chooser("nothing")
     with pytest.raises(ConfigError, match=r"blend\.options\.off: unknown key"):
         make_chooser("kv_deviation", options={"off": "keys"})
+
+
+def test_a_move_and_a_move_back_is_none() -> None:
+    keys = np.random.default_rng(1).normal(size=(2, 3, SIZE)).astype(np.float32)
+    there = shift_keys(keys, ROPE, 77)
+    np.testing.assert_allclose(shift_keys(there, ROPE, -77), keys, atol=1e-6)
+    assert np.abs(there - keys).max() > 0.1
+
+
+def test_layouts_whose_keys_cannot_move_are_refused() -> None:
+    for dtype, packing in (("float8_e4m3fn", "l|k=t.h.d|v=t.h.d"), ("float32", "l|k=t.d")):
+        width = 1 if dtype.startswith("float8") else 4
+        parts = 2 if "v=" in packing else 1
+        layout = KVLayout(B, (B * SIZE * width * parts,), 1, SIZE, dtype, packing)
+        with pytest.raises(ConfigError, match="cannot be moved"):
+            KeyShift(layout, ROPE)
+    with pytest.raises(ConfigError, match="lie together"):
+        KeyShift(KVLayout(B, (2 * B * SIZE * 8,), 2, SIZE, "float32", "l|k=t.d.h|v=t.d.h"), ROPE)

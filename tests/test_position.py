@@ -11,7 +11,7 @@ import pytest
 
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.position import METHODS, Rope, make_position, make_rope
-from ucm_sdk.position.paged import PagedAttention, Pages
+from ucm_sdk.position.paged import PagedAttention, Pages, attend_all
 from ucm_sdk.position.rope import rotate, tables
 
 HEADS, GROUP, SIZE, CONTEXT = 2, 3, 16, 24
@@ -241,3 +241,27 @@ def test_requests_of_several_lengths_take_turns() -> None:
             assert found == pytest.approx(once.setdefault(length, found), abs=0)
     # Each length has its own frequencies, and none was computed twice.
     assert len(method._cached) == len(lengths)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40, 70])
+def test_scattered_rows_see_what_stands_before_them_and_nothing_behind(rows: int) -> None:
+    length = 700
+    q, k, v = (array.astype(np.float32) for array in drawn(length, rows))
+    generator = np.random.default_rng(rows)
+    tokens = np.sort(generator.choice(length, rows, replace=False)).astype(np.int64)
+    scores = np.einsum("hgtd,hnd->hgtn", q, k).astype(np.float64) * SCALE
+    scores[..., np.arange(length) > tokens[:, None]] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    wanted = np.einsum("hgtn,hnd->thgd", weights, v)
+    queries = q.transpose(2, 0, 1, 3).copy()
+    _memory, pages = paged(k, v)
+    found = attend_all(queries, pages, tokens, scale=SCALE)
+    assert found == pytest.approx(wanted, abs=2e-5)
+    # What stands behind the middle row may be anything.
+    middle = rows // 2
+    k[:, tokens[middle] + 1 :] = 1e4
+    v[:, tokens[middle] + 1 :] = 1e30
+    _changed, pages = paged(k, v)
+    some = attend_all(queries[: middle + 1], pages, tokens[: middle + 1], scale=SCALE)
+    np.testing.assert_allclose(some, found[: middle + 1], atol=1e-6)

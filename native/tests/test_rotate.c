@@ -66,8 +66,8 @@ static void test_plane(int dtype, int by_channel)
     for (int p = 0; p < PLANES; p++) {
         for (int i = 0; i < TOKENS * SIZE; i++) {
             /* Small ones become subnormal in binary16. */
-            float most = i % 5 ? 4 : 1e-6f;
-            set_value(before[p] + i * size, dtype, (float)rand() / (float)RAND_MAX * most - most / 2);
+            float most = i % 5 ? 4 : 1e-6f, value = (float)rand() / (float)RAND_MAX;
+            set_value(before[p] + i * size, dtype, value * most - most / 2);
         }
         planes[p] = (uint64_t)(uintptr_t)after[p];
     }

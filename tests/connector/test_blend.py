@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ucm_sdk.blend import Chooser, Chunk, KeyShift, chunk_ids, make_chooser, shift_keys
+from ucm_sdk.blend import Chooser, Chunk, KeyShift, chunk_ids, make_chooser
 from ucm_sdk.connector import (
     BlendConfig,
     BlendedKV,
@@ -20,6 +20,7 @@ from ucm_sdk.connector import (
     ConnectorOptions,
     CostModel,
     KVMemory,
+    ScheduledRequest,
     SchedulerSide,
     WorkerSide,
     load_config,
@@ -187,7 +188,7 @@ class Engine:
         return both.reshape(LAYERS, HEADS, 2, tokens, SIZE)
 
     def counted(self, kind: str) -> float:
-        return self.recorder.drain().counters.get(f"ucm_blend_tokens|{kind}", 0)
+        return self.recorder.drain().counters[f"ucm_blend_tokens|{kind}"]
 
     def close(self) -> None:
         self.side.close()
@@ -241,8 +242,7 @@ def test_the_order_of_chunks_is_free_and_the_first_is_a_prefix(make: Make) -> No
     assert engine.load(prompt) == 72
     missing = {*range(32, 37)}
     np.testing.assert_allclose(engine.kv(72), expected(prompt, 72, missing), atol=2e-6)
-    plan = engine.planner.exact_tokens("r")
-    assert plan == 32
+    assert engine.planner.exact_tokens("r") == 32
 
 
 def test_what_the_engine_has_itself_is_left_alone(make: Make) -> None:
@@ -328,11 +328,10 @@ def test_deviations_are_of_all_that_is_reused(make: Make) -> None:
     engine = make(ratio=0.1, chooser=make_chooser("kv_deviation"), most_rows=30)
     engine.store_alone(*CHUNKS)
     engine.load(PROMPT)
-    looked = [row for name, rows in engine.model.calls if name == "deviation" for row in rows]
-    assert looked == list(range(24, END))
     assert all(len(rows) <= 30 for _, rows in engine.model.calls)
-    computed = [row for name, rows in engine.model.calls if name == "compute" for row in rows]
-    assert computed == sorted({*range(24, 31), *TAILS})
+    for kind, wanted in (("deviation", {*range(24, END)}), ("compute", {*range(24, 31), *TAILS})):
+        found = [row for name, rows in engine.model.calls if name == kind for row in rows]
+        assert found == sorted(wanted)
 
 
 def test_a_step_computes_a_part_so_that_others_go_on(make: Make) -> None:
@@ -353,13 +352,11 @@ def test_a_chooser_that_fails_costs_time_only(make: Make) -> None:
     engine = make(ratio=0.1, chooser=Broken())
     engine.store_alone(*CHUNKS)
     engine.load(PROMPT)
-    wanted = expected(PROMPT, END, {*range(24, END)})
-    np.testing.assert_allclose(engine.kv(END), wanted, atol=2e-6)
+    computed = {row for _, rows in engine.model.calls for row in rows}
+    assert computed == {*range(24, END)}
 
 
 def test_what_is_blended_is_never_saved(make: Make) -> None:
-    from ucm_sdk.connector import ScheduledRequest
-
     engine = make(ratio=0.5)
     engine.store_alone(*CHUNKS)
     engine.load(PROMPT)
@@ -436,53 +433,6 @@ def test_chunks_of_a_hung_store_are_not_waited_for(make: Make) -> None:
     assert found == 0
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("packing", ["l.h|k=d.t|v=t.d", "l|k=t.h.d|v=t.h.d"])
-def test_keys_move_in_place_as_by_the_formula(dtype: str, packing: str) -> None:
-    import torch
-
-    width = 4 if dtype == "float32" else 2
-    layout = KVLayout(B, (HEADS * B * SIZE * 2 * width,) * LAYERS, HEADS, SIZE, dtype, packing)
-    torch.manual_seed(1)
-    blocks = torch.randn(5, LAYERS * HEADS * B * SIZE * 2).to(getattr(torch, dtype))
-    moved = blocks.clone()
-    addresses = np.array([one.data_ptr() for one in moved[1:4]], np.uint64)
-    KeyShift(layout, ROPE).move(addresses, 1234)
-
-    def keys(memory: torch.Tensor) -> torch.Tensor:
-        if packing.startswith("l.h"):
-            halves = memory.view(5, LAYERS, HEADS, 2, SIZE * B)[:, :, :, 0]
-            return halves.unflatten(-1, (SIZE, B)).transpose(-1, -2)
-        return memory.view(5, LAYERS, 2, B, HEADS, SIZE)[:, :, 0].transpose(2, 3)
-
-    wanted = shift_keys(keys(blocks), ROPE, 1234)
-    assert wanted.dtype == blocks.dtype
-    tolerance = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}[dtype]
-    torch.testing.assert_close(keys(moved)[1:4], wanted[1:4], rtol=tolerance, atol=1e-6)
-    assert not torch.equal(keys(moved)[1:4], keys(blocks)[1:4])
-    # Values, and blocks beside, are as they were.
-    keys(moved)[1:4] = keys(blocks)[1:4]
-    assert torch.equal(moved, blocks)
-
-
-def test_a_move_and_a_move_back_is_none() -> None:
-    keys = np.random.default_rng(1).normal(size=(2, 3, SIZE)).astype(np.float32)
-    there = shift_keys(keys, ROPE, 77)
-    np.testing.assert_allclose(shift_keys(there, ROPE, -77), keys, atol=1e-6)
-    assert np.abs(there - keys).max() > 0.1
-
-
-def test_layouts_whose_keys_cannot_move_are_refused() -> None:
-    for dtype, packing in (("float8_e4m3fn", "l|k=t.h.d|v=t.h.d"), ("float32", "l|k=t.d")):
-        width = 1 if dtype.startswith("float8") else 4
-        parts = 2 if "v=" in packing else 1
-        layout = KVLayout(B, (B * SIZE * width * parts,), 1, SIZE, dtype, packing)
-        with pytest.raises(ConfigError, match="cannot be moved"):
-            KeyShift(layout, ROPE)
-    with pytest.raises(ConfigError, match="lie together"):
-        KeyShift(KVLayout(B, (2 * B * SIZE * 8,), 2, SIZE, "float32", "l|k=t.d.h|v=t.d.h"), ROPE)
-
-
 def test_settings_that_do_not_fit_are_refused() -> None:
     store = {"kind": "memory", "area": "x"}
 
@@ -490,13 +440,9 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         return load_config({"store": store, "blend": blend}, environment={})
 
     assert load(separator=[3]).blend.ratio == 0.18
-    for wrong, match in (
-        ({"chooser": "nobody"}, "nobody"),
-        ({"ratio": 1.5}, "ratio"),
-        ({"options": {"seed": 1}}, "seed"),
-    ):
-        with pytest.raises(ConfigError, match=match):
-            load(**wrong)
+    for key, wrong in (("chooser", "nobody"), ("ratio", 1.5), ("options", {"seed": 1})):
+        with pytest.raises(ConfigError, match="seed" if key == "options" else key):
+            load(**{key: wrong})
     with pytest.raises(ConfigError, match="load_mode"):
         load_config(
             {"store": store, "blend": {}, "connector": {"load_mode": "layerwise"}}, environment={}

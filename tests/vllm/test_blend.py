@@ -15,9 +15,11 @@ import pytest
 from jobs import side_by_side
 from outputs import BLOCK, NEW, cached, file_store, tokens
 from ucm_sdk.blend import Chunk, make_chooser
+from ucm_sdk.errors import ConfigError
 from ucm_sdk.evaluation.blend import Blended
 from ucm_sdk.evaluation.llama import Llama
 from ucm_sdk.evaluation.sparse import log_probabilities
+from ucm_sdk.position import make_rope
 
 WORKER = {"worker_cls": "ucm_vllm.cpu_worker.UcmCPUWorker"}
 MARK = 0
@@ -132,8 +134,8 @@ def test_a_blended_answer_is_the_references(
     assert tokens(together)[:12] == expected[:12]
     metrics = result["metrics"]
     count = round(RATIO * (chunked.end - chunked.exact))
-    assert metrics["ucm:ucm_blend_tokens_total|chosen"] == 3 * count
-    assert metrics["ucm:ucm_blend_seconds_count"] == 3
+    assert metrics["ucm_blend_tokens_total|chosen"] == 3 * count
+    assert metrics["ucm_blend_seconds_count"] == 3
 
 
 def test_all_tokens_computed_again_are_full_computation(
@@ -169,3 +171,34 @@ def test_what_cannot_work_is_refused(job: Job, tmp_path: Path) -> None:
     )
     assert "--worker-cls ucm_vllm.cpu_worker.UcmCPUWorker" in without["log"]
     assert "blend needs a role that loads" in producer["log"]
+
+
+@pytest.mark.parametrize(
+    ("more", "refusal"),
+    [
+        ({}, None),
+        ({"base": 5000}, "does not rotate keys as the model's configuration says"),
+        ({"is_neox_style": False}, "does not rotate keys"),
+        ({"rotary_dim": 32}, "does not rotate keys"),
+        (None, "no rotary position embedding"),
+    ],
+)
+def test_a_models_own_rotation_is_checked(more: dict[str, Any] | None, refusal: str | None) -> None:
+    import torch
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    from ucm_vllm.blend import check_rotation
+
+    model = torch.nn.Module()
+    if more is not None:
+        shape = {"head_size": 64, "rotary_dim": 64, "max_position_embeddings": 128, "base": 10000}
+        options = {**shape, "is_neox_style": True, "dtype": torch.float32, **more}
+        with set_current_vllm_config(VllmConfig()):
+            model.rotary = RotaryEmbedding(**options)
+    rope = make_rope({"rope_theta": 10000.0}, head_size=64, context_tokens=128)
+    if refusal is None:
+        check_rotation(model, rope)
+    else:
+        with pytest.raises(ConfigError, match=refusal):
+            check_rotation(model, rope)

@@ -68,7 +68,7 @@ class KvDeviation(Chooser):
     """The tokens whose KV changes most, which is CacheBlend's rule (K and V) and LMCache's (K)."""
 
     class Options(Strict):
-        """Options."""
+        """What counts as a deviation."""
 
         of: Literal["keys", "both"] = "both"
         """Whose deviation counts; of both, each is measured by its own mean."""
@@ -113,7 +113,7 @@ class RandomTokens(Chooser):
     """Any tokens: what every rule must beat."""
 
     class Options(Strict):
-        """Options."""
+        """Which of all random choices."""
 
         seed: int = pydantic.Field(default=0, ge=0)
         """Of the generator."""

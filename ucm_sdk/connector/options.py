@@ -85,7 +85,7 @@ class PositionConfig(config.Strict):
 class BlendConfig(config.Strict):
     """CacheBlend: chunks of a prompt that were computed elsewhere are reused in any order."""
 
-    separator: tuple[int, ...] = ()
+    separator: tuple[pydantic.NonNegativeInt, ...] = ()
     """Tokens that end a chunk; without them a request says itself where its chunks are."""
     chooser: str = "query"
     """Which reused tokens are computed again, such as ``query`` or ``kv_deviation``."""

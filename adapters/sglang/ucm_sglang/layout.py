@@ -138,7 +138,7 @@ def check_attention(server: Any, ucm: UcmConfig) -> None:
     if ucm.sparse is not None and "ucm_sparse" not in asked:
         msg = "sparse: start SGLang with --attention-backend ucm_sparse, or leave it out"
         raise ConfigError(msg)
-    for name in ("prefill_offload", "position"):
+    for name in ("prefill_offload", "position", "blend"):
         if getattr(ucm, name) is not None:
             msg = f"{name}: only vLLM's adapter does it so far; leave it out for SGLang"
             raise ConfigError(msg)
