@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,188 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ucm_sdk.blend import Chooser, Chunk, KeyShift, chunk_ids, make_chooser
-from ucm_sdk.connector import (
-    BlendConfig,
-    BlendedKV,
-    BlendPlanner,
-    BlendWorkerSide,
-    ConnectorOptions,
-    CostModel,
-    KVMemory,
-    ScheduledRequest,
-    SchedulerSide,
-    WorkerSide,
-    load_config,
-)
+from blending import FIRST_PAGE, MARK, B, Engine, chunk, kv_of
+from ucm_sdk.blend import Chooser, make_chooser
+from ucm_sdk.connector import CostModel, ScheduledRequest, load_config
 from ucm_sdk.errors import ArgumentError, ConfigError
-from ucm_sdk.layout import KVLayout
-from ucm_sdk.position import make_rope
-from ucm_sdk.store import StoreContext, open_store
-from ucm_sdk.telemetry import Recorder
-from ucm_sdk.testing.store_suite import NAMESPACE, dump
 
-B, LAYERS, HEADS, SIZE = 8, 2, 2, 16
-LAYOUT = KVLayout(B, (HEADS * B * SIZE * 8,) * LAYERS, HEADS, SIZE, "float32", "l.h|k=d.t|v=t.d")
-ROPE = make_rope({"rope_theta": 100.0}, head_size=SIZE, context_tokens=4096)
-MARK = 7
-"""Ends a chunk."""
-FIRST_PAGE = 3
-Make = Callable[..., "Engine"]
-
-
-def chunk(seed: int, tokens: int) -> list[int]:
-    generator = np.random.default_rng(seed)
-    return [*generator.integers(100, 1000, tokens - 1).tolist(), MARK]
-
-
-def kv_of(tokens: list[int], *, first: int = 0, fresh: bool = False) -> np.ndarray:
-    """Return keys and values ``[L, H, 2, n, d]`` of tokens that stand at ``first`` and later."""
-    found = np.stack(
-        [
-            np.random.default_rng([token, fresh]).normal(size=(LAYERS, HEADS, 2, SIZE))
-            for token in tokens
-        ],
-        axis=3,
-    ).astype(np.float32)
-    angles = ROPE.angles(np.arange(first, first + len(tokens), dtype=np.float64))
-    cos, sin = np.cos(angles), np.sin(angles)
-    one, two = np.split(found[:, :, 0], 2, axis=-1)
-    found[:, :, 0] = np.concatenate([one * cos - two * sin, two * cos + one * sin], -1)
-    return found
-
-
-class Model:
-    """Stands for an engine's model: what it computes is told from what was reused."""
-
-    def __init__(self, pages: np.ndarray) -> None:
-        self.pages = pages
-        self.calls: list[tuple[str, list[int]]] = []
-        self.hidden: np.ndarray | None = None
-        self.voting: np.ndarray | None = None
-
-    def compute(self, kv: BlendedKV, rows: np.ndarray) -> None:
-        self.calls.append(("compute", rows.tolist()))
-        for row in rows.tolist():
-            fresh = kv_of([int(kv.tokens[row])], first=row, fresh=True)[:, :, :, 0]
-            page = self.pages[:, kv.table[row // B]]
-            page[:, :, : B * SIZE].reshape(LAYERS, HEADS, SIZE, B)[..., row % B] = fresh[:, :, 0]
-            page[:, :, B * SIZE :].reshape(LAYERS, HEADS, B, SIZE)[:, :, row % B] = fresh[:, :, 1]
-
-    def attention(
-        self, kv: BlendedKV, rows: np.ndarray, voting: np.ndarray, hidden: np.ndarray
-    ) -> np.ndarray:
-        self.calls.append(("attention", rows.tolist()))
-        self.hidden, self.voting = hidden, voting
-        # The last tokens matter most.
-        return np.arange(kv.end, dtype=np.float32)
-
-    def deviation(self, kv: BlendedKV, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        self.calls.append(("deviation", rows.tolist()))
-        found = -rows.astype(np.float32)
-        return found, found
-
-
-class Engine:
-    """Both sides over pages in memory."""
-
-    def __init__(
-        self,
-        path: Path,
-        *,
-        options: dict[str, Any] | None = None,
-        faults: dict[str, Any] | None = None,
-        chooser: Chooser | None = None,
-        most_rows: int = 1000,
-        costs: CostModel | None = None,
-        **blend: Any,
-    ) -> None:
-        inner = {"kind": "memory", "area": str(path)}
-        self.recorder = Recorder()
-        context = StoreContext(NAMESPACE, LAYOUT, recorder=self.recorder)
-        self.good = open_store(inner, context)
-        where = {"kind": "faulty", "inner": inner, **faults} if faults else inner
-        config = BlendConfig(separator=(MARK,), **{"chooser": "first_tokens", **blend})
-        connector = ConnectorOptions(**{"load_when": "always", **(options or {})})
-        costs = costs or CostModel(B)
-        self.side = SchedulerSide(open_store(where, context), connector, costs=costs)
-        self.planner = BlendPlanner(
-            config, connector, context, look_up=self.side.look_up_ids, costs=costs
-        )
-        self.pages = np.full((LAYERS, 64, HEADS, 2 * B * SIZE), np.nan, np.float32)
-        memory = KVMemory(
-            np.array([layer.ctypes.data for layer in self.pages], np.uint64),
-            np.full(LAYERS, self.pages.strides[1], np.uint64),
-            owners=self.pages,
-        )
-        store = open_store(where, context)
-        self.worker = WorkerSide(store, connector, memory, keys=KeyShift(LAYOUT, ROPE))
-        self.model = Model(self.pages)
-        self.blend = BlendWorkerSide(
-            chooser or make_chooser(config.chooser, options=config.options),
-            self.model,
-            block_tokens=B,
-            most_rows=most_rows,
-            recorder=self.recorder,
-        )
-        self.steps = 0
-
-    def store_alone(self, *chunks: list[int]) -> None:
-        """Store what a request of each chunk alone would have left."""
-        for tokens in chunks:
-            whole = len(tokens) // B * B
-            ids = chunk_ids(NAMESPACE.digest(), B, tokens, Chunk(0, len(tokens)))
-            blocks = kv_of(tokens[:whole]).reshape(LAYERS, HEADS, 2, -1, B, SIZE)
-            keys = blocks[:, :, 0].transpose(2, 0, 1, 4, 3).reshape(len(ids), LAYERS, HEADS, -1)
-            values = blocks[:, :, 1].transpose(2, 0, 1, 3, 4).reshape(len(ids), LAYERS, HEADS, -1)
-            payloads = np.concatenate([keys, values], -1)
-            dump(self.good, ids, payloads.reshape(len(ids), -1).view(np.uint8))
-
-    def match(self, id: str, prompt: list[int], computed: int = 0) -> int:
-        while True:
-            found = self.side.match(id, prompt, computed)
-            if found is not None:
-                end = self.planner.match(id, computed + found)
-                if end is not None:
-                    return max(found, end - computed)
-
-    def load(self, prompt: list[int], *, computed: int = 0, id: str = "r", **spans: Any) -> int:
-        """Serve a request until its load has ended; returns how many tokens came."""
-        self.side.add(id, prompt)
-        self.planner.add(id, prompt, **spans)
-        found = self.match(id, prompt, computed)
-        if found:
-            table = range(FIRST_PAGE, FIRST_PAGE + -(-len(prompt) // B))
-            plan = self.planner.plan(id, table, computed // B)
-            self.side.allocated(id, table, found, plan)
-            step = self.side.plan_step([])
-            self.worker.begin_step(step)
-            self.blend.begin_step(step)
-            self.worker.start_loads(step)
-            loaded: set[str] = set()
-            while id not in loaded:
-                result = self.worker.end_step(step)
-                self.blend.end_step(result)
-                self.side.update(result.report)
-                loaded = result.loaded
-                self.steps += 1
-                assert not result.failed_blocks
-        return found
-
-    def kv(self, tokens: int) -> np.ndarray:
-        """Return what lies in the pages, as ``kv_of`` does."""
-        pages = self.pages[:, FIRST_PAGE : FIRST_PAGE + tokens // B]
-        keys = pages[..., : B * SIZE].reshape(LAYERS, -1, HEADS, SIZE, B).swapaxes(3, 4)
-        values = pages[..., B * SIZE :].reshape(LAYERS, -1, HEADS, B, SIZE)
-        both = np.stack([keys, values], 3).transpose(0, 2, 3, 1, 4, 5)
-        return both.reshape(LAYERS, HEADS, 2, tokens, SIZE)
-
-    def counted(self, kind: str) -> float:
-        return self.recorder.drain().counters.get(f"ucm_blend_tokens|{kind}", 0)
-
-    def close(self) -> None:
-        self.side.close()
-        self.worker.close()
+Make = Callable[..., Engine]
 
 
 @pytest.fixture
@@ -231,6 +56,7 @@ def test_chunks_come_to_their_places_and_what_is_missing_is_computed(make: Make)
     engine.store_alone(*CHUNKS)
     assert engine.load(PROMPT) == END
     assert engine.model.calls == [("compute", sorted(TAILS))]
+    assert engine.counted()["ucm_hit_tokens"] == END - len(TAILS)
     np.testing.assert_allclose(engine.kv(END), expected(PROMPT, END, TAILS), atol=2e-6)
 
 
@@ -269,7 +95,10 @@ def test_a_chunk_that_is_not_stored_is_computed(make: Make) -> None:
     assert engine.load(PROMPT) == END
     missing = TAILS | {*range(53, 69)}
     np.testing.assert_allclose(engine.kv(END), expected(PROMPT, END, missing), atol=2e-6)
-    assert engine.counted("missing") == len(missing)
+    counted = engine.counted()
+    assert counted["ucm_blend_tokens|missing"] == len(missing)
+    # What no chunk has is not asked for.
+    assert "ucm_failed_load_tokens" not in counted
 
 
 def test_what_follows_the_last_stored_chunk_is_left_to_the_engine(make: Make) -> None:
@@ -292,7 +121,11 @@ def test_a_block_that_does_not_load_is_computed(make: Make, failure: str) -> Non
         }
         assert len(TAILS) < len(computed) < END if rate < 1 else len(computed) == END
         np.testing.assert_allclose(engine.kv(END), expected(PROMPT, END, computed), atol=2e-6)
-        assert engine.recorder.drain().counters["ucm_failed_load_tokens"] > 0
+        assert engine.counted()["ucm_failed_load_tokens"] > 0
+    # Blocks are counted from where the load begins.
+    engine = make(ratio=0, faults={"load_failure_rate": 1.0, "failure": failure})
+    engine.load(PROMPT, computed=24)
+    assert engine.model.calls == [("compute", list(range(24, END)))]
 
 
 def test_the_chooser_decides_and_its_count_is_the_ratio(make: Make) -> None:
@@ -309,7 +142,7 @@ def test_the_chooser_decides_and_its_count_is_the_ratio(make: Make) -> None:
 
 
 def test_the_question_is_asked_without_what_is_missing(make: Make) -> None:
-    engine = make(ratio=0.1, chooser=make_chooser("query"))
+    engine = make(ratio=0.1, chooser=make_chooser("query"), most_rows=13)
     engine.store_alone(*CHUNKS)
     engine.load(PROMPT)
     asked, computed = engine.model.calls
@@ -321,6 +154,8 @@ def test_the_question_is_asked_without_what_is_missing(make: Make) -> None:
     assert engine.model.voting.tolist() == [False] * 10 + [True] * 3
     most = sorted({*range(24, END)} - TAILS)[-7:]
     assert computed == ("compute", sorted({*most, *TAILS}))
+    # Asking is what one step does.
+    assert [calls for calls in engine.calls_by_step if calls] == [1, 1]
 
 
 def test_deviations_are_of_all_that_is_reused(make: Make) -> None:
@@ -338,7 +173,7 @@ def test_a_step_computes_a_part_so_that_others_go_on(make: Make) -> None:
     engine.store_alone(*CHUNKS)
     engine.load(PROMPT)
     assert [len(rows) for _, rows in engine.model.calls] == [20, 20, 20, 12]
-    assert engine.steps >= 4
+    assert [calls for calls in engine.calls_by_step if calls] == [1, 1, 1, 1]
     rows = [row for _, rows in engine.model.calls for row in rows]
     assert rows == list(range(24, END))
 
@@ -406,7 +241,7 @@ def test_a_ratio_that_is_not_given_follows_from_the_time(make: Make) -> None:
         engine = make(ratio=None, time_share=0.5, costs=costs)
         engine.store_alone(*CHUNKS)
         engine.load(PROMPT)
-        return engine.counted("chosen")
+        return engine.counted().get("ucm_blend_tokens|chosen", 0)
 
     # Half the time of 72 tokens may be spent: 36, less 5 missing, 13 that ask, and loading.
     assert chosen(1e-9) == 18
@@ -425,6 +260,7 @@ def test_prompts_without_chunks_are_left_alone(make: Make) -> None:
 
 
 def test_chunks_of_a_hung_store_are_not_waited_for(make: Make) -> None:
+    make().store_alone(*CHUNKS)
     engine = make(ratio=0, faults={"lookup_delay_s": 0.3}, options={"lookup_timeout_s": 0.05})
     engine.planner.add("r", PROMPT)
     while (found := engine.planner.match("r", 0)) is None:
@@ -448,3 +284,53 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         )
     with pytest.raises(ConfigError, match="sparse and blend"):
         load_config({"store": store, "blend": {}, "sparse": {"method": "quest"}}, environment={})
+
+
+def test_a_prompt_without_a_question_asks_by_its_own_end(make: Make) -> None:
+    engine = make(ratio=0.1, chooser=make_chooser("query"))
+    engine.store_alone(*CHUNKS[:3])
+    # One token is left to compute, and with it the block that it is in.
+    assert engine.load([*CHUNKS[0], *CHUNKS[2]]) == 32
+    assert engine.model.calls[0] == ("attention", list(range(32, 40)))
+    assert engine.model.voting is not None
+    assert engine.model.voting.all()
+    # Of a chunk that lies in that block nothing is reused.
+    short = chunk(5, 8)
+    engine.store_alone(short)
+    assert engine.load([*CHUNKS[0], *CHUNKS[2], *short], id="s") == 40
+
+
+def test_a_chunk_that_is_stored_in_part_is_reused_in_part(make: Make) -> None:
+    engine = make(ratio=0)
+    engine.store_alone(CHUNKS[0], CHUNKS[1][:16], *CHUNKS[2:])
+    assert engine.load(PROMPT) == END
+    missing = {*range(40, 53)}
+    np.testing.assert_allclose(engine.kv(END), expected(PROMPT, END, missing), atol=2e-6)
+
+
+def test_what_was_claimed_before_is_not_claimed_again(make: Make) -> None:
+    engine = make(ratio=0, options={"min_hit_tokens": 60})
+    engine.store_alone(*CHUNKS)
+    engine.planner.add("r", PROMPT)
+    while engine.planner.match("r", 0) is None:
+        pass
+    # Meanwhile the engine has more, and fewer tokens are left than are worth it.
+    assert engine.planner.match("r", 56) == 0
+    assert engine.planner.plan("r", range(20), 0) is None
+
+
+def test_what_was_looked_up_long_ago_is_looked_up_again(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make(ratio=0, options={"lease_s": 10})
+    engine.planner.add("r", PROMPT)
+    while (found := engine.planner.match("r", 0)) is None:
+        pass
+    assert found == 0
+    engine.store_alone(*CHUNKS)
+    assert engine.planner.match("r", 0) == 0
+    later = time.monotonic() + 6
+    monkeypatch.setattr("ucm_sdk.connector.blend.time.monotonic", lambda: later)
+    while (found := engine.planner.match("r", 0)) is None:
+        pass
+    assert found == END

@@ -6,15 +6,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from jobs import NEW, file_store, side_by_side
-from ucm_sdk.connector import SparseConfig
+from ucm_sdk.connector import SparseConfig, load_config
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.sparse import METHODS, AttentionGeometry, make_method
+from ucm_sglang.layout import check_attention
 from ucm_sglang.sparse import SglangSparse, make_sparse_method
 
 PAGE, HEADS, GROUP, DIM, LAYERS = 16, 2, 3, 32, 2
@@ -40,6 +42,23 @@ def step(
     chosen = [sparse.choose(layer, queries, keys[layer]) for layer in range(LAYERS)]
     sparse.end_step()
     return chosen
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"sparse": {"method": "quest"}},
+        {"prefill_offload": {}},
+        {"position": {"method": "rerope"}},
+        {"blend": {}},
+    ],
+)
+def test_what_no_attention_would_do_is_refused(table: dict[str, Any]) -> None:
+    store = {"kind": "memory", "area": "x"}
+    server = SimpleNamespace(attention_backend="torch_native", decode_attention_backend=None)
+    check_attention(server, load_config({"store": store}, environment={}))
+    with pytest.raises(ConfigError, match=f"{next(iter(table))}: .* out"):
+        check_attention(server, load_config({"store": store, **table}, environment={}))
 
 
 @pytest.fixture

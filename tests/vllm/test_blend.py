@@ -25,6 +25,8 @@ WORKER = {"worker_cls": "ucm_vllm.cpu_worker.UcmCPUWorker"}
 MARK = 0
 """Ends a chunk; no prompt has it."""
 RATIO = 0.2
+MANY = 40
+"""Tokens that outgrow a small pool."""
 
 Job = Callable[..., dict[str, Any]]
 pytestmark = pytest.mark.timeout(900)
@@ -92,7 +94,7 @@ def dense(
     """Return a store that has each chunk from a request of its own, and what vLLM answers."""
     directory = tmp_path_factory.mktemp("chunks")
     alone = {"prompts": [*whole.alone, *ragged.alone], "max_tokens": 1}
-    answers = {"prompts": [whole.prompt, ragged.prompt], "max_tokens": NEW}
+    answers = {"prompts": [whole.prompt, ragged.prompt], "max_tokens": MANY}
     job(file_store(directory), alone)
     return directory, job(None, answers)["batches"][0]
 
@@ -143,19 +145,25 @@ def test_all_tokens_computed_again_are_full_computation(
 ) -> None:
     directory, answers = dense
     chunks = [[(one.first, one.last) for one in chunked.chunks] for chunked in (whole, ragged)]
-    batch = {"prompts": [whole.prompt, ragged.prompt], "max_tokens": NEW, "chunks": chunks}
+    batch = {"prompts": [whole.prompt, ragged.prompt], "max_tokens": MANY, "chunks": chunks}
+    together = batch | {"together": True, "reset": True}
     # The requests say where their chunks are.
-    everything, plain = side_by_side(
+    everything = partial(job, config(directory, ratio=1.0, separator=[]), **WORKER)
+    # The two need 45 blocks at first, and 48 at the end.
+    small = {"num_gpu_blocks_override": 48, "max_model_len": 1024}
+    alone, squeezed, plain = side_by_side(
         [
-            partial(job, config(directory, ratio=1.0, separator=[]), batch, **WORKER),
+            partial(everything, batch),
+            partial(everything, together, **small),
             # An engine without blending finds nothing that was blended.
             partial(job, file_store(directory, connector={"load_when": "always"}), batch),
         ]
     )
-    blended, ordinary = everything["batches"][0], plain["batches"][0]
+    assert squeezed["seen"][0]["preempted"]
+    blended, again, ordinary = (result["batches"][0] for result in (alone, squeezed, plain))
     assert cached(blended) == [whole.end, ragged.end]
     assert cached(ordinary) == [whole.exact, ragged.exact]
-    for found in (blended, ordinary):
+    for found in (blended, again, ordinary):
         assert tokens(found) == tokens(answers)
         for one, other in zip(found, answers, strict=True):
             assert one["logprobs"][0] == pytest.approx(other["logprobs"][0], abs=1e-4)

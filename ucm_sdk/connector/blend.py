@@ -196,7 +196,7 @@ class BlendPlanner:
             # A block that reaches into the prefix is left out: what lies there is better.
             skipped = -(-max(0, exact - chunk.first) // size)
             first = chunk.first + skipped * size
-            last = min(chunk.first + (stored or 0) * size, end)
+            last = chunk.first + (stored or 0) * size
             if first < last:
                 found.append((index, first, last))
         # What follows the last of them is left to the engine.

@@ -13,6 +13,7 @@ connector's configuration asks for none of them.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -47,8 +48,22 @@ def ucm_config(config: VllmConfig | None) -> UcmConfig | None:
     return load_config(transfer.kv_connector_extra_config)
 
 
-class SparseAttentionImpl(CPUAttentionBackendImpl):
-    """One layer's attention."""
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What vLLM asks of one layer's attention in a step."""
+
+    layer: Any
+    query: torch.Tensor
+    """``[tokens, heads, d]``."""
+    key: torch.Tensor
+    """``[tokens, KV heads, d]``."""
+    value: torch.Tensor
+    kv_cache: torch.Tensor
+    output: torch.Tensor
+
+
+class HookedAttentionImpl(CPUAttentionBackendImpl):
+    """One layer's attention, in terms of a ``_Call``."""
 
     def forward(  # noqa: PLR0917 - vLLM's signature
         self,
@@ -57,54 +72,92 @@ class SparseAttentionImpl(CPUAttentionBackendImpl):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: CPUAttentionMetadata | None,
+        attn_metadata: CPUAttentionMetadata | BlendPass | None,
         output: torch.Tensor,
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Attend as vLLM does, with the block tables that the connector's worker side makes."""
-        if attn_metadata is not None:
-            sparse = _of_connector("sparse")
-            if sparse is not None:
-                attn_metadata = sparse.rewrite(layer.layer_name, query, kv_cache, attn_metadata)
-        return super().forward(
-            layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
-        )
+        """Attend as ``attend`` says; vLLM warms up without metadata."""
+        if attn_metadata is None:
+            return output
+        # More arguments are scales of a quantised output, which vLLM's CPU attention refuses.
+        assert not args, args
+        assert not any(value is not None for value in kwargs.values()), kwargs
+        return self.attend(_Call(layer, query, key, value, kv_cache, output), attn_metadata)
+
+    def attend(self, call: _Call, metadata: Any) -> torch.Tensor:
+        """Return the output, which has been written."""
+        return self.plain(call, metadata)
+
+    def plain(self, call: _Call, metadata: CPUAttentionMetadata) -> torch.Tensor:
+        """Attend as vLLM does."""
+        given = call.query, call.key, call.value, call.kv_cache, metadata, call.output
+        return super().forward(call.layer, *given)
 
 
-class PositionAttentionImpl(CPUAttentionBackendImpl):
-    """One layer's attention, with other positions for requests beyond a window."""
+class SparseAttentionImpl(HookedAttentionImpl):
+    """Attention with the block tables that the connector's worker side makes."""
 
-    def forward(  # noqa: PLR0917 - vLLM's signature
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: CPUAttentionMetadata | None,
-        output: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Attend as vLLM does to all but the long requests."""
-        position = _of_connector("position") if attn_metadata is not None else None
-        rows = position.long_rows(attn_metadata) if position is not None else []
-        if position is None or attn_metadata is None or not rows:
-            return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
-            )
-        others = sorted({*range(len(attn_metadata.seq_lens))} - {*rows})
+    def attend(self, call: _Call, metadata: CPUAttentionMetadata) -> torch.Tensor:
+        """See ``HookedAttentionImpl``."""
+        if (sparse := _of_connector("sparse")) is not None:
+            name = call.layer.layer_name
+            metadata = sparse.rewrite(name, call.query, call.kv_cache, metadata)
+        return self.plain(call, metadata)
+
+
+class PositionAttentionImpl(HookedAttentionImpl):
+    """Attention with other positions for requests beyond a window."""
+
+    def attend(self, call: _Call, metadata: CPUAttentionMetadata) -> torch.Tensor:
+        """See ``HookedAttentionImpl``."""
+        position = _of_connector("position")
+        rows = position.long_rows(metadata) if position is not None else []
+        if not rows:
+            return self.plain(call, metadata)
+        others = sorted({*range(len(metadata.seq_lens))} - {*rows})
         if others:
-            builder: Any = attn_metadata.ucm_builder
-            metadata, tokens = builder.with_rows(attn_metadata, others)
-            part = torch.empty_like(output[tokens])
-            super().forward(
-                layer, query[tokens], key[tokens], value[tokens], kv_cache, metadata, part
+            builder: Any = metadata.ucm_builder
+            theirs, tokens = builder.with_rows(metadata, others)
+            part = _Call(
+                call.layer,
+                call.query[tokens],
+                call.key[tokens],
+                call.value[tokens],
+                call.kv_cache,
+                torch.empty_like(call.output[tokens]),
             )
-            output[tokens] = part
-        position.attend(rows, query, kv_cache, attn_metadata, output.view_as(query), self.scale)
-        return output
+            call.output[tokens] = self.plain(part, theirs)
+        output = call.output.view_as(call.query)
+        position.attend(rows, call.query, call.kv_cache, metadata, output, self.scale)
+        return call.output
+
+
+class BlendAttentionImpl(HookedAttentionImpl):
+    """Attention that passes over some tokens of a request take over."""
+
+    def do_kv_cache_update(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Write the keys and values of a step, or of a pass that wants it."""
+        metadata = get_forward_context().attn_metadata
+        one = metadata.get(layer.layer_name) if isinstance(metadata, dict) else None
+        if not isinstance(one, BlendPass) or one.writes(layer.layer_name, key, value, kv_cache):
+            super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+
+    def attend(self, call: _Call, metadata: CPUAttentionMetadata | BlendPass) -> torch.Tensor:
+        """See ``HookedAttentionImpl``."""
+        if not isinstance(metadata, BlendPass):
+            return self.plain(call, metadata)
+        fresh, name = (call.key, call.value), call.layer.layer_name
+        found = metadata.attend(name, call.query, fresh, call.kv_cache, self.scale)
+        call.output.view_as(call.query).copy_(found)
+        return call.output
 
 
 class UcmMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -201,45 +254,6 @@ class StreamedAttentionImpl(CPUAttentionBackendImpl):
             and (stream := _of_connector("layers")) is not None
         ):
             stream.leave(layer.layer_name)
-        return output
-
-
-class BlendAttentionImpl(CPUAttentionBackendImpl):
-    """One layer's attention, which passes over some tokens of a request may take over."""
-
-    def do_kv_cache_update(
-        self,
-        layer: Any,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        """Write the keys and values of a step, or of a pass that wants it."""
-        metadata = get_forward_context().attn_metadata
-        one = metadata.get(layer.layer_name) if isinstance(metadata, dict) else None
-        if not isinstance(one, BlendPass) or one.writes(layer.layer_name, key, value, kv_cache):
-            super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-
-    def forward(  # noqa: PLR0917 - vLLM's signature
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: CPUAttentionMetadata | BlendPass | None,
-        output: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Attend as vLLM does, or as a pass does."""
-        if not isinstance(attn_metadata, BlendPass):
-            return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
-            )
-        found = attn_metadata.attend(layer.layer_name, query, (key, value), kv_cache, self.scale)
-        output.view_as(query).copy_(found)
         return output
 
 
