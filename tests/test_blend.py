@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ from ucm_sdk.blend import (
     from_spans,
     make_chooser,
     movable,
+    reading_layers,
     shift_keys,
     split,
 )
@@ -106,10 +109,24 @@ def test_rules_rank_by_what_they_say(evidence: Evidence) -> None:
     for name, options, scores in (
         ("kv_deviation", {"of": "keys"}, keys),
         ("kv_deviation", {}, both),
-        ("query", {}, attention),
+        ("query", {"neighbours": 0}, attention),
+        ("query", {"neighbours": 2}, attention + np.convolve(attention, np.ones(5) / 5, "same")),
     ):
         chosen = make_chooser(name, options=options).choose(evidence, 9)
         assert chosen.tolist() == best(scores, evidence, 9), (name, options)
+
+
+def test_what_stands_around_a_token_that_is_read_is_chosen_with_it(evidence: Evidence) -> None:
+    read = np.zeros(40, np.float32)
+    read[17] = 1
+    chosen = make_chooser("query").choose(replace(evidence, attention=read), 9)
+    assert chosen.tolist() == list(range(13, 22))
+
+
+def test_questions_read_in_the_middle_layers() -> None:
+    assert reading_layers(30) == range(10, 25)
+    assert all(len(reading_layers(layers)) for layers in range(1, 100))
+    assert all(reading_layers(layers).stop <= layers for layers in range(1, 100))
 
 
 def test_first_tokens_are_shared_out_among_the_chunks(evidence: Evidence) -> None:

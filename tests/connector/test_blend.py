@@ -142,7 +142,8 @@ def test_the_chooser_decides_and_its_count_is_the_ratio(make: Make) -> None:
 
 
 def test_the_question_is_asked_without_what_is_missing(make: Make) -> None:
-    engine = make(ratio=0.1, chooser=make_chooser("query"), most_rows=13)
+    plain = make_chooser("query", options={"neighbours": 0})
+    engine = make(ratio=0.1, chooser=plain, most_rows=13)
     engine.store_alone(*CHUNKS)
     engine.load(PROMPT)
     asked, computed = engine.model.calls

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from ucm_sdk import config
-from ucm_sdk.blend.choosers import Chooser, Evidence
+from ucm_sdk.blend.choosers import Chooser, Evidence, reading_layers
 from ucm_sdk.blend.chunks import Chunk, chunk_ids, from_spans, movable, split
 from ucm_sdk.blend.moving import KeyShift, shift_keys
 from ucm_sdk.errors import ConfigError
@@ -23,6 +23,7 @@ __all__ = [
     "from_spans",
     "make_chooser",
     "movable",
+    "reading_layers",
     "shift_keys",
     "split",
 ]

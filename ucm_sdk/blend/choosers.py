@@ -36,8 +36,17 @@ class Evidence:
     value_deviation: NDArray[np.float32] | None = None
     """``[C]``: the same of values."""
     attention: NDArray[np.float32] | None = None
-    """``[C]``: the largest attention of any of the question's tokens to each token, on reused KV,
-    summed over heads and the upper half of the layers, where a question reads what it asks for."""
+    """``[C]``: the largest attention to each token, on reused KV, of any of the question's tokens
+    in any head of ``reading_layers``."""
+
+
+def reading_layers(layers: int) -> range:
+    """Return the layers of a model in which a question reads what it asks for: the middle ones.
+
+    In the first third attention is to what stands near, in the last sixth to what is said next.
+    """
+    first = layers // 3
+    return range(first, max(first + 1, layers * 5 // 6))
 
 
 class Chooser(ABC):
@@ -99,14 +108,27 @@ class FirstTokens(Chooser):
 
 
 class Query(Chooser):
-    """The tokens that the question looks at: what it does not read need not be right."""
+    """The tokens that the question reads, and those around them; what it does not read may stay.
+
+    A token that is read is computed again from what stands around it, which must be right, too.
+    """
+
+    class Options(Strict):
+        """How far what is read reaches."""
+
+        neighbours: int = pydantic.Field(default=4, ge=0)
+        """Tokens on either side that share what a token has, by its mean over them."""
 
     needs_attention = True
 
     def choose(self, evidence: Evidence, count: int) -> NDArray[np.int64]:
         """See ``Chooser``."""
         attention = cast("NDArray[np.float32]", evidence.attention)
-        return _largest(attention, evidence.candidates, count)
+        around = self.options.neighbours
+        width = 2 * around + 1
+        padded = np.pad(attention, around)
+        shared = np.lib.stride_tricks.sliding_window_view(padded, width).mean(-1)
+        return _largest(attention + shared, evidence.candidates, count)
 
 
 class RandomTokens(Chooser):

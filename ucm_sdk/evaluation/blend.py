@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from ucm_sdk.blend import Chooser, Chunk, Evidence, movable
+from ucm_sdk.blend import Chooser, Chunk, Evidence, movable, reading_layers
 from ucm_sdk.evaluation.llama import softmax, weighted_values
 from ucm_sdk.evaluation.sparse import divergence, log_probabilities
 from ucm_sdk.position.rope import rotate, tables
@@ -188,9 +188,8 @@ class Blended:
         """Compute ``rows`` through the first layers, over reused KV of all other tokens.
 
         Returns the last of these layers' keys and values, and its output.  ``seen`` gets the
-        largest attention of any row to each of the chunks' tokens added, of all heads of the upper
-        layers.  The mask is by true position: a row sees no token that stands after it, chosen or
-        not.
+        largest attention of any row to each of the chunks' tokens, see ``Evidence.attention``.  The
+        mask is by true position: a row sees no token that stands after it, chosen or not.
         """
         model = self._model
         hidden = model.embed(self._tokens[rows])
@@ -206,7 +205,7 @@ class Blended:
                 keys: Floats = keys,
                 values: Floats = values,
                 *,
-                upper: bool = 2 * layer >= model.layers,
+                reads: bool = layer in reading_layers(model.layers),
             ) -> Floats:
                 keys[:, rows], values[:, rows] = fresh
                 heads, group, count, size = queries.shape
@@ -215,8 +214,8 @@ class Blended:
                 scores = scores.reshape(heads, group, count, -1)
                 scores[..., hides] = -np.inf
                 weights = softmax(scores)
-                if seen is not None and upper:
-                    seen[:] += weights[..., : len(seen)].max(2).sum((0, 1))
+                if seen is not None and reads:
+                    np.maximum(seen, weights[..., : len(seen)].max((0, 1, 2)), out=seen)
                 return weighted_values(weights, values)
 
             hidden = model.layer(layer, hidden, rows, attend)

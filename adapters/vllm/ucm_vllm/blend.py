@@ -16,6 +16,7 @@ from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from ucm_sdk.blend import reading_layers
 from ucm_sdk.connector import BlendedKV
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.model_identity import rope_parameters
@@ -138,7 +139,7 @@ class _Compute(BlendPass):
 
 
 class _Ask(BlendPass):
-    """Adds up which tokens matter to rows behind them; these keep their KV to themselves."""
+    """Sees which tokens matter to rows behind them; these keep their KV to themselves."""
 
     def __init__(
         self,
@@ -178,8 +179,9 @@ class _Ask(BlendPass):
         )
         grouped = query.unflatten(1, (pages.heads, -1))
         output, weights = _attention(grouped, keys, values, scale, self._hidden)
-        if 2 * self.layers[layer] >= len(self.layers):
-            self.seen += weights[:, :, self._voting, : self.kv.end].amax(2).sum((0, 1))
+        if self.layers[layer] in reading_layers(len(self.layers)):
+            most = weights[:, :, self._voting, : self.kv.end].amax((0, 1, 2))
+            self.seen = torch.maximum(self.seen, most)
         return output.to(query.dtype)
 
 
