@@ -149,8 +149,8 @@ def test_all_tokens_computed_again_are_full_computation(
     together = batch | {"together": True, "reset": True}
     # The requests say where their chunks are.
     everything = partial(job, config(directory, ratio=1.0, separator=[]), **WORKER)
-    # The two need 45 blocks at first, and 48 at the end.
-    small = {"num_gpu_blocks_override": 48, "max_model_len": 1024}
+    # The two need 45 blocks at first, and more soon; one block is never given to anybody.
+    small = {"num_gpu_blocks_override": 46, "max_model_len": 1024}
     alone, squeezed, plain = side_by_side(
         [
             partial(everything, batch),
