@@ -151,14 +151,10 @@ def test_all_tokens_computed_again_are_full_computation(
     everything = partial(job, config(directory, ratio=1.0, separator=[]), **WORKER)
     # The two need 45 blocks at first, and more soon; one block is never given to anybody.
     small = {"num_gpu_blocks_override": 46, "max_model_len": 1024}
-    alone, squeezed, plain = side_by_side(
-        [
-            partial(everything, batch),
-            partial(everything, together, **small),
-            # An engine without blending finds nothing that was blended.
-            partial(job, file_store(directory, connector={"load_when": "always"}), batch),
-        ]
-    )
+    alone = everything(batch)
+    squeezed = everything(together, **small)
+    # An engine without blending finds nothing that was blended.
+    plain = job(file_store(directory, connector={"load_when": "always"}), batch)
     assert squeezed["seen"][0]["preempted"]
     blended, again, ordinary = (result["batches"][0] for result in (alone, squeezed, plain))
     assert cached(blended) == [whole.end, ragged.end]
