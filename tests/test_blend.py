@@ -79,6 +79,8 @@ def evidence() -> Evidence:
     keys, values = generator.random((2, 40)).astype(np.float32)
     attention = generator.random(40).astype(np.float32)
     candidates = movable(CHUNKS, 0, [10, 12, 12])
+    # What is no candidate was compared with nothing in particular.
+    keys[~np.isin(np.arange(40), candidates)] *= 1000
     return Evidence(CHUNKS, candidates, keys, values, attention)
 
 
@@ -105,7 +107,8 @@ def test_rules_rank_by_what_they_say(evidence: Evidence) -> None:
         np.asarray(array)
         for array in (evidence.key_deviation, evidence.value_deviation, evidence.attention)
     )
-    both = keys / keys.mean() + values / values.mean()
+    some = evidence.candidates
+    both = keys / keys[some].mean() + values / values[some].mean()
     for name, options, scores in (
         ("kv_deviation", {"of": "keys"}, keys),
         ("kv_deviation", {}, both),

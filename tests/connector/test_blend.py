@@ -14,7 +14,7 @@ import pytest
 
 from blending import FIRST_PAGE, MARK, B, Engine, chunk, kv_of
 from ucm_sdk.blend import Chooser, make_chooser
-from ucm_sdk.connector import CostModel, ScheduledRequest, load_config
+from ucm_sdk.connector import CostModel, ScheduledRequest, WorkerReport, load_config
 from ucm_sdk.errors import ArgumentError, ConfigError
 
 Make = Callable[..., Engine]
@@ -254,6 +254,7 @@ def test_prompts_without_chunks_are_left_alone(make: Make) -> None:
     engine = make(ratio=0.1)
     engine.store_alone(*CHUNKS)
     for number, prompt in enumerate(([1, 2, 3] * 20, CHUNKS[0], [*CHUNKS[0], 1, 2])):
+        engine.side.add(str(number), prompt)
         engine.planner.add(str(number), prompt)
         assert engine.planner.match(str(number), 0) == 0
     assert engine.planner.match("unknown", 0) == 0
@@ -263,6 +264,7 @@ def test_prompts_without_chunks_are_left_alone(make: Make) -> None:
 def test_chunks_of_a_hung_store_are_not_waited_for(make: Make) -> None:
     make().store_alone(*CHUNKS)
     engine = make(ratio=0, faults={"lookup_delay_s": 0.3}, options={"lookup_timeout_s": 0.05})
+    engine.side.add("r", PROMPT)
     engine.planner.add("r", PROMPT)
     while (found := engine.planner.match("r", 0)) is None:
         pass
@@ -312,6 +314,7 @@ def test_a_chunk_that_is_stored_in_part_is_reused_in_part(make: Make) -> None:
 def test_what_was_claimed_before_is_not_claimed_again(make: Make) -> None:
     engine = make(ratio=0, options={"min_hit_tokens": 60})
     engine.store_alone(*CHUNKS)
+    engine.side.add("r", PROMPT)
     engine.planner.add("r", PROMPT)
     while engine.planner.match("r", 0) is None:
         pass
@@ -324,6 +327,7 @@ def test_what_was_looked_up_long_ago_is_looked_up_again(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make(ratio=0, options={"lease_s": 10})
+    engine.side.add("r", PROMPT)
     engine.planner.add("r", PROMPT)
     while (found := engine.planner.match("r", 0)) is None:
         pass
@@ -335,3 +339,80 @@ def test_what_was_looked_up_long_ago_is_looked_up_again(
     while (found := engine.planner.match("r", 0)) is None:
         pass
     assert found == END
+
+
+def test_a_request_that_comes_back_is_planned_from_what_the_engine_has_now(make: Make) -> None:
+    engine = make(ratio=0)
+    engine.store_alone(*CHUNKS)
+    assert engine.load(PROMPT) == END
+    # After a preemption its prefix may be there, and a failed load is no reason to forget that.
+    engine.side.update(WorkerReport(failed_requests={"r": 1}))
+    assert engine.match("r", PROMPT, 24) == 0
+    assert engine.side.matched_from("r") == 24
+
+
+def test_a_store_that_hung_is_tried_by_one_request(make: Make) -> None:
+    engine = make(ratio=0, options={"retry_after_s": 0.2})
+    engine.store_alone(*CHUNKS)
+    ids = ["a", "b", "c"]
+    for id in ids:
+        engine.side.add(id, PROMPT)
+        engine.planner.add(id, PROMPT)
+        assert engine.match(id, PROMPT) == END
+    engine.side.update(WorkerReport(timeouts=1))
+    assert [engine.match(id, PROMPT) for id in ids] == [0, 0, 0]
+    time.sleep(0.25)
+    assert [engine.planner.match(id, 0) for id in ids] == [END, 0, 0]
+
+
+def test_lookups_that_were_asked_anew_are_waited_for_a_little(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An engine that asks seldom must get an answer some day.
+    engine = make(ratio=0, options={"lease_s": 30})
+    engine.store_alone(*CHUNKS)
+    engine.side.add("r", PROMPT)
+    engine.planner.add("r", PROMPT)
+    now = [time.monotonic()]
+    monkeypatch.setattr("ucm_sdk.connector.blend.time.monotonic", lambda: now[0])
+    answers = []
+    for _ in range(20):
+        now[0] += 16
+        answers.append(engine.planner.match("r", 0))
+    assert END in answers
+
+
+def test_a_model_that_fails_leaves_the_request_to_the_engine(make: Make) -> None:
+    engine = make(ratio=0.5)
+    engine.store_alone(*CHUNKS)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    engine.model.compute = fail  # type: ignore[method-assign]
+    assert engine.load(PROMPT, fails=True) == END
+    # All that was to be filled counts as not filled.
+    assert engine.failed == {*range(FIRST_PAGE, FIRST_PAGE + END // B)}
+
+
+def test_a_rule_cannot_write_where_nothing_is_reused(make: Make) -> None:
+    class Greedy(Chooser):
+        def choose(self, evidence: Any, count: int) -> Any:
+            return np.array([0.0, 30.0, 2 * END])
+
+    engine = make(ratio=0.1, chooser=Greedy())
+    engine.store_alone(*CHUNKS)
+    engine.load(PROMPT)
+    assert engine.model.calls == [("compute", [30, *sorted(TAILS)])]
+
+
+def test_nothing_is_computed_for_a_request_that_is_gone(make: Make) -> None:
+    engine = make(ratio=0.5, most_rows=10)
+    engine.store_alone(*CHUNKS)
+    engine.load(PROMPT, gone=True)
+    assert engine.model.calls == []
+    # Another one of that name is another one.
+    engine.side.finished("r")
+    engine.planner.finished("r")
+    engine.load(PROMPT)
+    assert sum(len(rows) for _, rows in engine.model.calls) == 36 + len(TAILS)

@@ -110,7 +110,12 @@ class Engine:
         costs = costs or CostModel(B)
         self.side = SchedulerSide(open_store(where, context), connector, costs=costs)
         self.planner = BlendPlanner(
-            config, connector, context, look_up=self.side.look_up_ids, costs=costs
+            config,
+            connector,
+            context,
+            look_up=self.side.look_up_ids,
+            may_load=self.side.may_load,
+            costs=costs,
         )
         self.pages = np.full((LAYERS, 64, HEADS, 2 * B * SIZE), np.nan, np.float32)
         memory = KVMemory(
@@ -129,6 +134,7 @@ class Engine:
             recorder=self.recorder,
         )
         self.calls_by_step: list[int] = []
+        self.failed: set[int] = set()
 
     def store_alone(self, *chunks: list[int]) -> None:
         """Store what a request of each chunk alone would have left."""
@@ -149,7 +155,16 @@ class Engine:
                 if end is not None:
                     return max(found, end - computed)
 
-    def load(self, prompt: list[int], *, computed: int = 0, id: str = "r", **spans: Any) -> int:
+    def load(
+        self,
+        prompt: list[int],
+        *,
+        computed: int = 0,
+        id: str = "r",
+        fails: bool = False,
+        gone: bool = False,
+        **spans: Any,
+    ) -> int:
         """Serve a request until its load has ended; returns how many tokens came."""
         self.side.add(id, prompt)
         self.planner.add(id, prompt, **spans)
@@ -165,11 +180,12 @@ class Engine:
             loaded: set[str] = set()
             while id not in loaded:
                 result = self.worker.end_step(step)
-                self.blend.end_step(result)
+                self.blend.end_step(result, {id} if gone else set())
                 self.side.update(result.report)
                 loaded = result.loaded
                 self.calls_by_step.append(len(self.model.calls) - sum(self.calls_by_step))
-                assert not result.failed_blocks
+                self.failed |= result.failed_blocks
+            assert fails or not self.failed
         return found
 
     def kv(self, tokens: int) -> np.ndarray:

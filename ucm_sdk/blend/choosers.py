@@ -86,11 +86,12 @@ class KvDeviation(Chooser):
 
     def choose(self, evidence: Evidence, count: int) -> NDArray[np.int64]:
         """See ``Chooser``."""
+        some = evidence.candidates
         keys = cast("NDArray[np.float32]", evidence.key_deviation)
-        scores = keys / max(float(keys.mean()), 1e-30)
+        scores = keys / max(float(keys[some].mean()), 1e-30)
         if self.options.of == "both":
             values = cast("NDArray[np.float32]", evidence.value_deviation)
-            scores = scores + values / max(float(values.mean()), 1e-30)
+            scores = scores + values / max(float(values[some].mean()), 1e-30)
         return _largest(scores, evidence.candidates, count)
 
 

@@ -20,10 +20,11 @@ import numpy as np
 from ucm_sdk import telemetry
 from ucm_sdk.blend import Chooser, Chunk, Evidence, chunk_ids, from_spans, split
 from ucm_sdk.connector.costs import token_pairs
+from ucm_sdk.connector.lookups import MATCH_WAIT_S, OUTDATED_S
 from ucm_sdk.connector.plans import BlendPlan, LoadPlan, Move, StepPlan, StepResult
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -70,15 +71,20 @@ class BlendPlanner:
         context: StoreContext,
         *,
         look_up: Callable[[Sequence[bytes]], PendingLookup | None],
+        may_load: Callable[[str], bool],
         costs: CostModel,
     ) -> None:
-        """Find chunks of ``context`` by ``look_up``, which returns None to not ask the store."""
+        """Find chunks of ``context`` by ``look_up``, which returns None to not ask the store.
+
+        ``may_load`` says of a request, just before it is claimed, whether the store may be used.
+        """
         self._blend = blend
         self._options = options
         self._namespace = context.namespace.digest()
         self._block_tokens = context.layout.block_tokens
         self._recorder = context.recorder
         self._look_up = look_up
+        self._may_load = may_load
         self._costs = costs
         self._requests: dict[str, _Request] = {}
 
@@ -124,19 +130,22 @@ class BlendPlanner:
         if request is None:
             return 0
         request.claim = None
-        age_s = time.monotonic() - request.asked_at
-        waiting = any(one is not None and not one.wait(0.0) for one in request.lookups)
-        if waiting and age_s < self._options.lookup_timeout_s:
-            return None
-        if age_s > max(1.0, self._options.lease_s / 2):
+        now = time.monotonic()
+        if now - request.asked_at > max(OUTDATED_S, self._options.lease_s / 2):
             self._ask(request)
+        left = [
+            one
+            for one in request.lookups
+            if one is not None and not one.wait(max(0.0, now + MATCH_WAIT_S - time.monotonic()))
+        ]
+        if left and now - request.asked_at < self._options.lookup_timeout_s:
             return None
         moves, end = self._moves(request, exact)
         reused = sum(last - first for _, first, last in moves)
         if reused < self._options.min_hit_tokens:
             return 0
         count = self._worth(end - exact, exact, reused, len(request.tokens) - end)
-        if count is None:
+        if count is None or not self._may_load(id):
             return 0
         request.claim = _Claim(exact, end, tuple(moves), count)
         return end
@@ -302,35 +311,54 @@ class BlendWorkerSide:
         self._recorder = recorder
         self._loads: dict[str, LoadPlan] = {}
         self._blends: list[_Blend] = []
+        self._gone: set[str] = set()
+        """Requests that ended before their blend did."""
 
     def begin_step(self, plan: StepPlan) -> None:
         """Take the loads that are blends."""
         self._loads.update({load.request: load for load in plan.loads if load.blend is not None})
 
-    def end_step(self, result: StepResult) -> None:
-        """Go on with blends; ``result.loaded`` keeps those that have ended."""
+    def end_step(self, result: StepResult, finished: Iterable[str] = ()) -> None:
+        """Go on with blends; ``result.loaded`` keeps those that have ended.
+
+        Of requests that are ``finished`` nothing more is computed.
+        """
         for id in sorted(result.loaded & self._loads.keys()):
             load = self._loads.pop(id)
             result.loaded.discard(id)
             self._blends.append(self._begin(load, result.unfilled.get(id, [])))
+        self._gone |= {*finished} & {*self._loads, *(one.load.request for one in self._blends)}
         left = self._most_rows
         while self._blends and left > 0:
             blend = self._blends[0]
-            started = time.perf_counter()
-            if blend.rows is None:
-                blend.rows, looked = self._choose(blend)
-                left -= looked
-            some = blend.rows[blend.done : blend.done + max(0, left)]
-            if len(some):
-                self._executor.compute(blend.kv, some)
-                blend.done += len(some)
-                left -= len(some)
-            blend.seconds += time.perf_counter() - started
-            if blend.done < len(blend.rows):
-                break
-            self._recorder.observe(telemetry.BLEND_SECONDS, blend.seconds)
-            result.loaded.add(blend.load.request)
+            id = blend.load.request
+            if id in self._gone:
+                self._gone.discard(id)
+            else:
+                try:
+                    left = self._go_on(blend, left)
+                except Exception:
+                    logger.exception("request %s could not be blended, and is computed", id)
+                    result.failed_blocks.update(blend.load.blocks)
+                else:
+                    if blend.rows is None or blend.done < len(blend.rows):
+                        break
+                    self._recorder.observe(telemetry.BLEND_SECONDS, blend.seconds)
+            result.loaded.add(id)
             self._blends.pop(0)
+
+    def _go_on(self, blend: _Blend, left: int) -> int:
+        """Compute as many rows as are ``left`` in this step; returns how many are left then."""
+        started = time.perf_counter()
+        if blend.rows is None:
+            blend.rows, looked = self._choose(blend)
+            left -= looked
+        some = blend.rows[blend.done : blend.done + max(0, left)]
+        if len(some):
+            self._executor.compute(blend.kv, some)
+            blend.done += len(some)
+        blend.seconds += time.perf_counter() - started
+        return left - len(some)
 
     def _begin(self, load: LoadPlan, unfilled: Sequence[int]) -> _Blend:
         plan, size = load.blend, self._block_tokens
@@ -359,7 +387,9 @@ class BlendWorkerSide:
         else:
             try:
                 evidence, looked = self._evidence(blend)
-                chosen = self._chooser.choose(evidence, plan.count)
+                wanted = self._chooser.choose(evidence, plan.count)
+                # Whatever a rule says, nothing else is written to.
+                chosen = np.intersect1d(np.asarray(wanted, np.int64), blend.reused)
             except Exception:
                 logger.exception("a blend chooser failed, and all tokens are computed")
                 chosen = blend.reused

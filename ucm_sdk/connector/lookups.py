@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ucm_sdk.availability import CallThread
 
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from ucm_sdk.store import KVStoreBase
 
 logger = logging.getLogger(__name__)
+
+MATCH_WAIT_S: Final = 0.005
+"""How long one call of ``match`` waits for lookups: most end in a fraction of it."""
+OUTDATED_S: Final = 1.0
+"""A lookup is made again when it is older than this and than half its lease."""
 
 
 class PendingLookup:

@@ -18,7 +18,7 @@ import numpy as np
 from ucm_sdk import telemetry
 from ucm_sdk.availability import Breaker, Operation
 from ucm_sdk.connector.costs import CostModel, token_pairs
-from ucm_sdk.connector.lookups import LookupThread, PendingLookup
+from ucm_sdk.connector.lookups import MATCH_WAIT_S, OUTDATED_S, LookupThread, PendingLookup
 from ucm_sdk.connector.others import OtherLayouts, Prompt, conversions
 from ucm_sdk.connector.plans import (
     LoadPlan,
@@ -39,13 +39,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MATCH_WAIT_S: Final = 0.005
-"""How long one call of ``match`` waits for a lookup: most end in a fraction of it."""
 _PATIENCE_S: Final = 1.0
 _PATIENCE_STEPS: Final = 3.0
 """A transfer ends in the report of a later step: a younger one than this may long have ended."""
-_OUTDATED_S: Final = 1.0
-"""A lookup is made again when it is older than this and than half its lease."""
 
 
 class SchedulerSide:
@@ -121,16 +117,18 @@ class SchedulerSide:
         in the next step.  A request that was never added is not served.
         """
         request = self._requests.get(id)
-        if request is None or not self._loads or not request.loads:
+        if request is None:
             return 0
         request.matched_from = computed_tokens
+        if not self._loads or not request.loads:
+            return 0
         lookup = request.lookup
         if lookup is None or self._outdated(lookup, computed_tokens // self._block_tokens):
             lookup = self._look_up(request, tokens, computed_tokens // self._block_tokens)
             if lookup is None:
                 self._count(request, "skipped")
                 return 0
-        if not lookup.wait(_MATCH_WAIT_S):
+        if not lookup.wait(MATCH_WAIT_S):
             if time.monotonic() - lookup.started < self._options.lookup_timeout_s:
                 return None
             request.loads = False
@@ -260,6 +258,14 @@ class SchedulerSide:
             return None
         return self._lookups.submit(ids, first)
 
+    def may_load(self, id: str) -> bool:
+        """Whether a load of this request may be planned now: none has failed, and the store works.
+
+        While the breaker is open this is the one attempt that is let through: ask when it is meant.
+        """
+        request = self._requests.get(id)
+        return request is not None and request.loads and self._breaker.allows("transfer")
+
     def overwrites(self, blocks: Iterable[int]) -> None:
         """Say that the next step writes to these blocks of the engine's, too."""
         self._next.written.update(blocks)
@@ -309,7 +315,7 @@ class SchedulerSide:
             return False
         gap = lookup.first < first and lookup.end_block < first
         age_s = time.monotonic() - lookup.started
-        return gap or age_s > max(_OUTDATED_S, self._options.lease_s / 2)
+        return gap or age_s > max(OUTDATED_S, self._options.lease_s / 2)
 
     def _claim(
         self, request: Request, lookup: PendingLookup, tokens: Sequence[int], computed: int

@@ -44,6 +44,7 @@ def check_blend(config: VllmConfig, spec: FullAttentionSpec) -> Rope:
         raise ConfigError(msg)
     for name, there in (
         ("--tensor-parallel-size above 1", config.parallel_config.tensor_parallel_size > 1),
+        ("--data-parallel-size above 1", config.parallel_config.data_parallel_size > 1),
         ("speculative decoding", config.speculative_config is not None),
     ):
         if there:
@@ -177,12 +178,20 @@ class _Ask(BlendPass):
             torch.cat([there, own.transpose(0, 1).float()], 1)
             for there, own in zip(pages.gather(self.kv.table, self.kv.end), fresh, strict=True)
         )
-        grouped = query.unflatten(1, (pages.heads, -1))
-        output, weights = _attention(grouped, keys, values, scale, self._hidden)
-        if self.layers[layer] in reading_layers(len(self.layers)):
-            most = weights[:, :, self._voting, : self.kv.end].amax((0, 1, 2))
-            self.seen = torch.maximum(self.seen, most)
-        return output.to(query.dtype)
+        reads = self.layers[layer] in reading_layers(len(self.layers))
+        outputs = []
+        for some, hidden, voting in zip(
+            query.unflatten(1, (pages.heads, -1)).split(_ROWS),
+            self._hidden.split(_ROWS),
+            self._voting.split(_ROWS),
+            strict=True,
+        ):
+            output, weights = _attention(some, keys, values, scale, hidden)
+            outputs.append(output)
+            if reads and voting.any():
+                most = weights[:, :, voting, : self.kv.end].amax((0, 1, 2))
+                self.seen = torch.maximum(self.seen, most)
+        return torch.cat(outputs).to(query.dtype)
 
 
 class _EnoughError(Exception):

@@ -190,8 +190,9 @@ class UcmConnector(KVConnectorBase_V1):
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Return the requests whose asynchronous loads have ended."""
-        del finished_req_ids
-        return None, self._at_worker.end_step(self._step_plan, self._sparse_plan) or None
+        worker = self._at_worker
+        loaded = worker.end_step(self._step_plan, self._sparse_plan, finished_req_ids)
+        return None, loaded or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Return the blocks that vLLM must compute after all."""

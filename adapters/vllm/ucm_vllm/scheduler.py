@@ -105,7 +105,12 @@ class VllmScheduler:
                 msg = "blend needs a role that loads: set kv_role to kv_both or kv_consumer"
                 raise ConfigError(msg)
             self._blend = BlendPlanner(
-                ucm.blend, ucm.connector, context, look_up=self._side.look_up_ids, costs=costs
+                ucm.blend,
+                ucm.connector,
+                context,
+                look_up=self._side.look_up_ids,
+                may_load=self._side.may_load,
+                costs=costs,
             )
         self._recorder = context.recorder
         self._load_async = ucm.connector.load_mode == "async"

@@ -167,13 +167,16 @@ class VllmWorker:
             self.layers.end_step()
         self._side.save_step(plan)
 
-    def end_step(self, plan: StepPlan, sparse: SparsePlan) -> set[str]:
-        """Return the requests whose loads have ended; the rest is kept to be taken."""
+    def end_step(self, plan: StepPlan, sparse: SparsePlan, finished: set[str]) -> set[str]:
+        """Return the requests whose loads have ended; the rest is kept to be taken.
+
+        ``finished`` are requests that have ended, aborted ones among them.
+        """
         if self.sparse is not None:
             self.sparse.end_step(sparse)
         self._result = self._side.end_step(plan)
         if self.blend is not None:
-            self.blend.end_step(self._result)
+            self.blend.end_step(self._result, finished)
         return self._result.loaded
 
     def take_failed_blocks(self) -> set[int]:
