@@ -28,7 +28,7 @@ PROMPTS = 20
 CHUNK_TOKENS = 384
 FIRST_SEED = 1000
 """Of the prompts; rules were tried on others."""
-RATIO = 0.18
+RATIO = 0.17
 FULL, PREFIX, REUSE, ALL = "full computation", "cached prefix", "full reuse", "all computed again"
 CHUNKS = "chunks"
 """What stores the chunks' KV."""
@@ -172,10 +172,12 @@ def serve(model: str, folder: str, rule: str, count: str) -> None:
         before, answer = computed(), ids[prompt.answer :]
         more = {"kv_transfer_params": {"chunks": chunks}} if rule in RULES else {}
         output = generate(ids[: prompt.answer], len(answer), answer=answer, **more)
+        behind = chunks[-1][1] - (output.num_cached_tokens or 0)
         rows.append(
             {
                 "first_token_s": output.metrics.first_token_latency,
-                "computed": computed() - before,
+                # The last chunk's end is computed by vLLM itself.
+                "computed": computed() - before + behind,
                 "chunks": chunks[-1][1],
                 "question": prompt.answer - chunks[-1][1],
             }

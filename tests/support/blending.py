@@ -62,7 +62,6 @@ class Model:
         self.pages = pages
         self.calls: list[tuple[str, list[int]]] = []
         self.hidden: np.ndarray | None = None
-        self.voting: np.ndarray | None = None
 
     def compute(self, kv: BlendedKV, rows: np.ndarray) -> None:
         self.calls.append(("compute", rows.tolist()))
@@ -72,11 +71,9 @@ class Model:
             page[:, :, : B * SIZE].reshape(LAYERS, HEADS, SIZE, B)[..., row % B] = fresh[:, :, 0]
             page[:, :, B * SIZE :].reshape(LAYERS, HEADS, B, SIZE)[:, :, row % B] = fresh[:, :, 1]
 
-    def attention(
-        self, kv: BlendedKV, rows: np.ndarray, voting: np.ndarray, hidden: np.ndarray
-    ) -> np.ndarray:
+    def attention(self, kv: BlendedKV, rows: np.ndarray, hidden: np.ndarray) -> np.ndarray:
         self.calls.append(("attention", rows.tolist()))
-        self.hidden, self.voting = hidden, voting
+        self.hidden = hidden
         # The last tokens matter most.
         return np.arange(kv.end, dtype=np.float32)
 

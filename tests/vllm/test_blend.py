@@ -102,8 +102,8 @@ def dense(
 @pytest.mark.parametrize(
     ("chooser", "options", "which"),
     [
-        ("query", {}, "whole"),
-        ("first_tokens", {}, "ragged"),
+        ("query", {}, "ragged"),
+        ("first_tokens", {}, "whole"),
         ("kv_deviation", {"of": "keys"}, "whole"),
     ],
 )

@@ -260,12 +260,11 @@ class BlendExecutor(Protocol):
         self,
         kv: BlendedKV,
         rows: NDArray[np.int64],
-        voting: NDArray[np.bool_],
         hidden: NDArray[np.bool_],
     ) -> NDArray[np.float32]:
-        """Return ``Evidence.attention`` ``[end]`` of those ``rows`` that vote; writes nothing.
+        """Return ``Evidence.attention`` ``[end]`` of a question's ``rows``; writes nothing.
 
-        All rows stand behind ``end``; ``hidden`` ``[end]`` are not seen.
+        All rows stand behind ``end``, and see each other; ``hidden`` ``[end]`` are not seen.
         """
 
     def deviation(
@@ -409,11 +408,11 @@ class BlendWorkerSide:
                 keys[some], values[some] = self._executor.deviation(kv, some)
             looked += len(rows)
         if self._chooser.needs_attention:
-            asking = np.arange(kv.end, len(kv.tokens))[-self._most_rows :]
-            # The last chunk's end may lie behind what has a place; the question decides alone.
-            voting = asking >= max(last for _, last in plan.chunks)
-            voting = voting if voting.any() else np.ones(len(asking), np.bool_)
-            attention = self._executor.attention(kv, asking, voting, blend.missing)
+            # What stands between has no place, and is left out.
+            first = max(last for _, last in plan.chunks)
+            first = first if first < len(kv.tokens) else kv.end
+            asking = np.arange(first, len(kv.tokens))[-self._most_rows :]
+            attention = self._executor.attention(kv, asking, blend.missing)
             looked += len(asking)
         chunks = [Chunk(first, last) for first, last in plan.chunks]
         return Evidence(chunks, blend.reused, keys, values, attention), looked

@@ -148,7 +148,6 @@ class _Ask(BlendPass):
         rows: NDArray[np.int64],
         layers: dict[str, int],
         *,
-        voting: NDArray[np.bool_],
         hidden: NDArray[np.bool_],
     ) -> None:
         """See ``BlendExecutor.attention``."""
@@ -156,7 +155,6 @@ class _Ask(BlendPass):
         own = torch.arange(len(rows))
         there = torch.from_numpy(hidden).expand(len(rows), -1)
         self._hidden = torch.cat([there, own > own[:, None]], 1)
-        self._voting = torch.from_numpy(voting)
         self.seen = torch.zeros(kv.end)
 
     def writes(
@@ -180,16 +178,12 @@ class _Ask(BlendPass):
         )
         reads = self.layers[layer] in reading_layers(len(self.layers))
         outputs = []
-        for some, hidden, voting in zip(
-            query.unflatten(1, (pages.heads, -1)).split(_ROWS),
-            self._hidden.split(_ROWS),
-            self._voting.split(_ROWS),
-            strict=True,
-        ):
+        grouped = query.unflatten(1, (pages.heads, -1))
+        for some, hidden in zip(grouped.split(_ROWS), self._hidden.split(_ROWS), strict=True):
             output, weights = _attention(some, keys, values, scale, hidden)
             outputs.append(output)
-            if reads and voting.any():
-                most = weights[:, :, voting, : self.kv.end].amax((0, 1, 2))
+            if reads:
+                most = weights[..., : self.kv.end].amax((0, 1, 2))
                 self.seen = torch.maximum(self.seen, most)
         return torch.cat(outputs).to(query.dtype)
 
@@ -260,11 +254,10 @@ class VllmBlend:
         self,
         kv: BlendedKV,
         rows: NDArray[np.int64],
-        voting: NDArray[np.bool_],
         hidden: NDArray[np.bool_],
     ) -> NDArray[np.float32]:
         """See ``BlendExecutor``."""
-        asking = _Ask(kv, rows, self._layers, voting=voting, hidden=hidden)
+        asking = _Ask(kv, rows, self._layers, hidden=hidden)
         self._run(asking)
         found: NDArray[np.float32] = asking.seen.numpy()
         return found
