@@ -73,7 +73,7 @@ def test_files_that_cannot_be_read_are_named(
         ({"store": {"kind": "tape"}}, "store.kind='tape': unknown; known are fake, faulty"),
         (
             {"store": STORE, "slat": "x"},
-            "slat: unknown key; known keys are connector, load_failure",
+            "slat: unknown key; known keys are blend, connector, load_failure",
         ),
         (
             {"store": STORE, "connector": {"laod_mode": "async"}},
