@@ -124,6 +124,11 @@ def test_what_stands_around_a_token_that_is_read_is_chosen_with_it(evidence: Evi
     read[17] = 1
     chosen = make_chooser("query").choose(replace(evidence, attention=read), 9)
     assert chosen.tolist() == list(range(13, 22))
+    # Beyond the ends there is nothing to share with.
+    read[17], read[0], read[12] = 0, 1, 1
+    last = movable(CHUNKS, 0, [10, 12, 15])
+    edge = replace(evidence, attention=np.flip(read).copy(), candidates=last)
+    assert make_chooser("query").choose(edge, 1).tolist() == [27]
 
 
 def test_questions_read_in_the_middle_layers() -> None:

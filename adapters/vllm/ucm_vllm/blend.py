@@ -87,11 +87,12 @@ class BlendPass(ABC):
         self.rows = rows
         self.layers = layers
 
-    @abstractmethod
     def writes(
         self, layer: str, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor
     ) -> bool:
         """Return whether the rows' ``key`` and ``value`` ``[T, H, d]`` go to their places."""
+        del layer, key, value, kv_cache
+        return True
 
     @abstractmethod
     def attend(
@@ -107,12 +108,6 @@ class BlendPass(ABC):
 
 class _Compute(BlendPass):
     """Writes, and attends to everything in its place that is not behind a row."""
-
-    def writes(
-        self, layer: str, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor
-    ) -> bool:
-        del layer, key, value, kv_cache
-        return True
 
     def attend(
         self,
