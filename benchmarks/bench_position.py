@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from vllm import _custom_ops as ops
 
+from ucm_sdk._native.threads import join_team
 from ucm_sdk.position import make_position, make_rope
 from ucm_sdk.position.paged import PagedAttention, Pages
 
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--length", type=int, nargs="+", default=[10240, 16384])
     arguments = parser.parse_args()
+    join_team()
     table = Table("method", "tokens before", "queries", "vLLM, ms", "ours, ms", "ratio", box=None)
     for length in arguments.length:
         for rows in (512, 1):

@@ -7,3 +7,4 @@
 #include "ucm/rotate.h"
 #include "ucm/score.h"
 #include "ucm/status.h"
+#include "ucm/team.h"

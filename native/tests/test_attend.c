@@ -105,6 +105,58 @@ static void test_all(void)
     }
 }
 
+/* All heads, in pieces, by parts of the pages that are added up as attend.h says. */
+static void check_share(uint32_t row_step, uint32_t page_parts)
+{
+    static float far_of[HEADS][ROWS][SIZE], near_of[HEADS][ROWS][SIZE];
+    static float peak[PAGES][HEADS][ROWS], sum[PAGES][HEADS][ROWS];
+    static float output[PAGES][HEADS][ROWS][SIZE];
+    for (int head = 0; head < HEADS; head++) {
+        /* The second head asks the same, in another order, so that one cannot pass for another. */
+        for (int row = 0; row < ROWS; row++) {
+            memcpy(far_of[head][row], far_queries[head ? ROWS - 1 - row : row], sizeof *far_of[0]);
+            memcpy(near_of[head][row], near_queries[head ? ROWS - 1 - row : row],
+                   sizeof *near_of[0]);
+        }
+    }
+    const ucm_region regions[] = {
+        {0, LENGTH, WINDOW, UINT32_MAX, far_of[0][0], cosines[0][0], sines[0][0]},
+        {0, LENGTH, 0, WINDOW, near_of[0][0], NULL, NULL},
+    };
+    ucm_attend_work work = {&pages, regions,    2,     HEADS, ROWS,  row_step,
+                            PAGES,  page_parts, FIRST, GROUP, PAIRS, given,
+                            peak[0][0], sum[0][0], output[0][0][0], 0};
+    memset(sum, 255, sizeof sum);
+    CHECK_OK(ucm_attend_share(&work));
+    CHECK(work.next > page_parts * HEADS * ((ROWS + row_step - 1) / row_step));
+    float before[ROWS][SIZE];
+    memcpy(before, far_queries, sizeof before);
+    float before_near[ROWS][SIZE];
+    memcpy(before_near, near_queries, sizeof before_near);
+    for (int head = 0; head < HEADS; head++) {
+        memcpy(far_queries, far_of[head], sizeof far_queries);
+        memcpy(near_queries, near_of[head], sizeof near_queries);
+        for (int row = 0; row < ROWS; row++) {
+            double mass = expect(head, row, 0, PAGES), all = 0, found[SIZE] = {0};
+            for (uint32_t part = 0; part < page_parts; part++) {
+                double share = exp(peak[part][head][row] - mass);
+                all += share * sum[part][head][row];
+                for (int c = 0; c < SIZE; c++)
+                    found[c] += share * output[part][head][row][c];
+            }
+            CHECK(fabs(all - 1) < 1e-3);
+            for (int c = 0; c < SIZE; c++)
+                CHECK(fabs(found[c] / all - wanted[c]) < 2e-4);
+        }
+    }
+    memcpy(far_queries, before, sizeof before);
+    memcpy(near_queries, before_near, sizeof before_near);
+    /* Nothing is left for who comes later. */
+    memset(output, 255, sizeof output);
+    CHECK_OK(ucm_attend_share(&work));
+    CHECK(output[0][0][0][0] != output[0][0][0][0]);
+}
+
 /* Of the last page, the first query sees nothing where its token lies before. */
 static void test_rows_that_see_nothing(void)
 {
@@ -131,6 +183,19 @@ static void test_refusals(void)
     CHECK(ucm_attend(&other, NULL, 0, &part, peaks, sums, outputs[0]) == UCM_INVALID);
     part.pairs = SIZE / 2 + 1;
     CHECK(ucm_attend(&pages, NULL, 0, &part, peaks, sums, outputs[0]) == UCM_INVALID);
+    ucm_attend_work work = {.pages = &pages, .heads = 1, .rows = 1, .row_step = 1,
+                            .page_count = 1, .page_parts = 1, .group = 1,
+                            .pairs = SIZE / 2 + 1, .peaks = peaks, .sums = sums,
+                            .outputs = outputs[0]};
+    CHECK(ucm_attend_share(&work) == UCM_INVALID); /* as the piece is */
+    work.next = work.pairs = 0;
+    CHECK_OK(ucm_attend_share(&work));
+    work.region_count = UCM_ATTEND_REGIONS + 1;
+    CHECK(ucm_attend_share(&work) == UCM_INVALID);
+    work.region_count = work.row_step = 0;
+    CHECK(ucm_attend_share(&work) == UCM_INVALID);
+    work.row_step = 1, work.group = 0;
+    CHECK(ucm_attend_share(&work) == UCM_INVALID);
 }
 
 int main(void)
@@ -154,7 +219,10 @@ int main(void)
             continue;
         given = NULL;
         test_all();
+        check_share(ROWS, 1);
+        check_share(4, 2);
         given = scattered;
+        check_share(5, PAGES);
         for (int head = 0; head < HEADS; head++)
             check(head, 0, ROWS, 0, PAGES);
         test_rows_that_see_nothing();

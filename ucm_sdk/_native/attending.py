@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from ucm_sdk._native import _check, _ffi, _lib
-from ucm_sdk._native.threads import processors, threads
+from ucm_sdk._native.threads import processors, share
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,6 +28,7 @@ _ENDLESS: Final = (1 << 32) - 1
 _TOKENS: Final = 32
 _SIZE: Final = 16
 _MOST: Final = 16384
+_SHARE: Final = _ffi.addressof(_lib, "ucm_attend_share")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,34 +89,21 @@ def attend(
     )
     # Many rows are shared out as they are; few see each a part of the pages.
     parts = 1 if rows > _ROWS else max(1, min(processors(), len(table) // _FEW_PAGES))
-    edges = [len(table) * part // parts for part in range(parts + 1)]
     peaks, sums = (np.empty((parts, heads, rows), np.float32) for _ in range(2))
     outputs = np.empty((parts, heads, rows, size), np.float32)
-    seen = [_regions(regions, head) for head in range(heads)]
-    pairs = next((one.cosines.shape[1] for one in regions if one.cosines is not None), 0)
-
-    given = _ffi.NULL if tokens is None else _pointer(tokens, "uint32_t[]")
-
-    def run(job: tuple[int, int, int]) -> Any:
-        part, head, row = job
-        last_row = min(row + _ROWS, rows)
-        first_page, last_page = edges[part : part + 2]
-        if tokens is not None:
-            # Nothing is seen in the pages behind the last of these rows.
-            last_page = min(last_page, int(tokens[(last_row - 1) // group]) // pages.tokens + 1)
-        spans = (row, last_row, min(first_page, last_page), last_page)
-        shape = _ffi.new("ucm_attend_part *", (head, first_token, group, *spans, pairs, given))
-        arrays = (_pointer(array[part, head], "float[]") for array in (peaks, sums, outputs))
-        return _lib.ucm_attend(there, seen[head][0], len(regions), shape, *arrays)
-
-    jobs = [
-        (part, head, row)
-        for part in range(parts)
-        for head in range(heads)
-        for row in range(0, rows, _ROWS)
-    ]
-    for status in threads().map(run, jobs) if processors() > 1 else map(run, jobs):
-        _check(status, "attending")
+    seen, kept = _regions(regions)
+    work = _ffi.new("ucm_attend_work *")
+    work.pages, work.regions, work.region_count = there, seen, len(regions)
+    work.heads, work.rows, work.row_step = heads, rows, _ROWS
+    work.page_count, work.page_parts = len(table), parts
+    work.first_token, work.group = first_token, group
+    work.pairs = next((one.cosines.shape[1] for one in regions if one.cosines is not None), 0)
+    if tokens is not None:
+        work.tokens = _pointer(tokens, "uint32_t[]")
+    work.peaks, work.sums = (_pointer(array, "float[]") for array in (peaks, sums))
+    work.outputs = _pointer(outputs, "float[]")
+    _check(share(_SHARE, work), "attending")
+    del kept
     if parts > 1:
         peak = peaks.max(0)
         shares = np.exp(peaks - peak)
@@ -124,8 +112,8 @@ def attend(
     return whole
 
 
-def _regions(regions: Sequence[PagedRegion], head: int) -> tuple[Any, list[Any]]:
-    """Return ``ucm_region[]`` for one head, and what must be kept for as long as it is used."""
+def _regions(regions: Sequence[PagedRegion]) -> tuple[Any, list[Any]]:
+    """Return ``ucm_region[]``, and what must be kept for as long as it is used."""
     found = _ffi.new("ucm_region[]", len(regions))
     kept: list[Any] = []
     for entry, region in zip(found, regions, strict=True):
@@ -134,8 +122,7 @@ def _regions(regions: Sequence[PagedRegion], head: int) -> tuple[Any, list[Any]]
         for name in ("queries", "cosines", "sines"):
             array = getattr(region, name)
             if array is not None:
-                part = array[head] if name == "queries" else array
-                pointer = _pointer(np.ascontiguousarray(part), "float[]")
+                pointer = _pointer(np.ascontiguousarray(array), "float[]")
                 kept.append(pointer)
                 setattr(entry, name, pointer)
     return found, kept

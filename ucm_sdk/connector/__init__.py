@@ -7,6 +7,7 @@ worker side carries out the transfers of one step.  An adapter only translates t
 
 from __future__ import annotations
 
+from ucm_sdk._native.threads import join_team
 from ucm_sdk.connector.blend import BlendedKV, BlendPlanner, BlendWorkerSide
 from ucm_sdk.connector.costs import CostModel, cost_file
 from ucm_sdk.connector.offload import (
@@ -63,5 +64,6 @@ __all__ = [
     "WorkerReport",
     "WorkerSide",
     "cost_file",
+    "join_team",
     "load_config",
 ]

@@ -214,9 +214,9 @@ class PositionMethod(ABC):
         return found
 
 
-def keep(cache: dict[Any, T], key: Any, value: T) -> T:
+def keep(cache: dict[Any, T], key: Any, value: T, most: int = _KEPT) -> T:
     """Add a value to a small cache, and return it; frequencies may change with the length."""
-    if len(cache) >= _KEPT:
+    if len(cache) >= most:
         del cache[next(iter(cache))]
     cache[key] = value
     return value

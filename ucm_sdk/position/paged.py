@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
@@ -15,9 +15,13 @@ from ucm_sdk.position.rope import rotate, tables
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ucm_sdk.position.base import PositionMethod
+    from ucm_sdk.position.base import PositionMethod, Region
 
     Floats = NDArray[np.float32]
+    Turns = tuple[Floats, Floats]
+
+_PLANS: Final = 32
+"""Kept: a step has one for each long request, or more."""
 
 __all__ = ["PagedAttention", "Pages", "attend_all", "supports"]
 
@@ -35,6 +39,15 @@ def attend_all(queries: Floats, pages: Pages, tokens: NDArray[np.int64], *, scal
     return found.reshape(heads, count, group, size).transpose(1, 0, 2, 3)
 
 
+class _Plan(NamedTuple):
+    """What some queries need in every layer."""
+
+    factors: Floats
+    """``[T, 1, 1, 1]``, that their scores are multiplied by."""
+    regions: list[tuple[Region, Turns | None, Turns | tuple[None, None]]]
+    """Each with cosines and sines by which queries are rotated, and those of the pages' keys."""
+
+
 class PagedAttention:
     """Attends as ``PositionMethod.attend`` does, without gathering keys and values."""
 
@@ -43,6 +56,7 @@ class PagedAttention:
         self._method = method
         self._scale = scale
         self._tables: dict[tuple[str, int, bytes], tuple[Floats, Floats]] = {}
+        self._plans: dict[tuple[int, int, int, int], _Plan] = {}
 
     def attend(self, queries: Floats, pages: Pages, *, length: int) -> Floats:
         """Return the outputs ``[T, H, g, d]`` of the last ``T`` of ``length`` tokens.
@@ -60,26 +74,33 @@ class PagedAttention:
 
     def _some(self, queries: Floats, pages: Pages, first: int, last: int, length: int) -> Floats:
         count, heads, group, size = queries.shape
-        factors = self._method.factors(first, last, length) * self._scale
-        queries = queries * factors.astype(np.float32)[:, None, None, None]
+        # The layers of a step ask for the same, one after another.
+        key = (first, last, length, pages.tokens)
+        plan = self._plans.get(key) or keep(self._plans, key, self._plan(*key), most=_PLANS)
+        queries = queries * plan.factors
         regions = []
-        for region in self._method.regions(first, last):
-            asking = queries
-            if region.queries is not None:
-                turns = self._method.query_angles(region, first, last, length)
-                cos, sin = tables(turns, queries)
-                asking = rotate(queries, cos[:, None, None, :], sin[:, None, None, :])
+        for region, turns, turned in plan.regions:
+            asking = queries if turns is None else rotate(queries, *turns)
             rowed = asking.transpose(1, 0, 2, 3).reshape(heads, count * group, size)
-            turned = (
-                (None, None)
-                if region.keys is None
-                else self._of_pages(region.keys, length, pages.tokens)
-            )
             regions.append(
                 PagedRegion(region.first, region.last, region.near, region.far, rowed, *turned)
             )
         found = attend(pages, regions, first_token=first, group=group)
         return found.reshape(heads, count, group, size).transpose(1, 0, 2, 3)
+
+    def _plan(self, first: int, last: int, length: int, tokens: int) -> _Plan:
+        factors = (self._method.factors(first, last, length) * self._scale).astype(np.float32)
+        regions: list[tuple[Region, Turns | None, Turns | tuple[None, None]]] = []
+        for region in self._method.regions(first, last):
+            turns = None
+            if region.queries is not None:
+                cos, sin = tables(self._method.query_angles(region, first, last, length), factors)
+                turns = (cos[:, None, None, :], sin[:, None, None, :])
+            turned = (
+                (None, None) if region.keys is None else self._of_pages(region.keys, length, tokens)
+            )
+            regions.append((region, turns, turned))
+        return _Plan(factors[:, None, None, None], regions)
 
     def _of_pages(self, rule: str, length: int, tokens: int) -> tuple[Floats, Floats]:
         """Return cosines and sines ``[pages, pairs, tokens]`` of a rule's, of all pages or more."""

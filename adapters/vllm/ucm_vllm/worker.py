@@ -17,6 +17,7 @@ from ucm_sdk.connector import (
     StepResult,
     WorkerReport,
     WorkerSide,
+    join_team,
 )
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.sparse import SparseKVManager
@@ -93,7 +94,8 @@ class VllmWorker:
         self._result = StepResult()
 
     def register(self, caches: dict[str, torch.Tensor]) -> None:
-        """Take the KV memory that vLLM has allocated."""
+        """Take the KV memory that vLLM has allocated; the thread that does runs the model."""
+        join_team()
         memory = make_memory(self._kv_config, self._context.layout, caches)
         if self._device_layers:
             self.layers = VllmLayers(

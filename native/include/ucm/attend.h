@@ -57,4 +57,23 @@ typedef struct {
 int ucm_attend(const ucm_pages *pages, const ucm_region *regions, uint32_t region_count,
                const ucm_attend_part *part, float *peaks, float *sums, float *outputs);
 
+/* All heads and rows, in pieces that threads take one after another. */
+typedef struct {
+    const ucm_pages *pages;
+    const ucm_region *regions; /* whose queries are [heads][rows][size] */
+    uint32_t region_count;     /* at most UCM_ATTEND_REGIONS */
+    uint32_t heads, rows, row_step;
+    uint32_t page_count, page_parts; /* pages, and in how many parts they are shared out */
+    uint32_t first_token, group, pairs;
+    const uint32_t *tokens;
+    float *peaks, *sums; /* [page_parts][heads][rows] */
+    float *outputs;      /* [page_parts][heads][rows][size] */
+    uint32_t next;       /* the first piece that no thread has taken; begins at 0 */
+} ucm_attend_work;
+
+enum { UCM_ATTEND_REGIONS = 8 };
+
+/* Computes pieces of a ucm_attend_work until none is left; other threads may do so meanwhile. */
+int ucm_attend_share(void *work);
+
 #endif
