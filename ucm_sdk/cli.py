@@ -28,6 +28,7 @@ from ucm_sdk._native import Pool, versions
 from ucm_sdk.connector import UcmConfig
 from ucm_sdk.errors import ConfigError, StoreError
 from ucm_sdk.evaluation import command as evaluation
+from ucm_sdk.proxy import command as proxy
 from ucm_sdk.store import check_store_options
 from ucm_sdk.stores.inspection import Geometry, geometries, summary
 from ucm_sdk.stores.measure import measure
@@ -44,6 +45,7 @@ config_app = typer.Typer(no_args_is_help=True, help="Show and check configuratio
 app.add_typer(store_app, name="store")
 app.add_typer(config_app, name="config")
 app.add_typer(evaluation.app, name="eval")
+app.add_typer(proxy.app, name="proxy")
 
 Directory = Annotated[Path, typer.Argument(help="The store's directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -73,6 +73,22 @@ class Namespace:
             raise ArgumentError(msg) from error
 
 
+@dataclass(frozen=True, slots=True)
+class NamedNamespace(Namespace):
+    """A namespace of which only the digest is known: enough to ask for its blocks."""
+
+    model: str = ""
+    compute_dtype: str = ""
+    kv_dtype: str = ""
+    attention: str = ""
+    name: bytes = b""
+    """The digest."""
+
+    def digest(self) -> bytes:
+        """Return the digest."""
+        return self.name
+
+
 class BlockChain:
     """The chained ids of one request's blocks, extended as its tokens become known.
 

@@ -32,8 +32,10 @@ logger = logging.getLogger(__name__)
 
 _MOST_LAYOUTS: Final = 8
 """Most that are open at a time: each has threads of its own."""
-_LOOK_AGAIN_S: Final = 10.0
-"""How often the store is asked for layouts that have come up since."""
+_LOOK_AGAIN_S: Final = 0.1
+"""How often the store is asked, at most, for layouts that have come up since."""
+_SHARE_OF_TIME: Final = 0.01
+"""Of the lookup thread's time, for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class OtherLayouts:
         self._namespace = store.context.namespace.digest()
         self._stores: dict[KVLayout, KVStoreBase | None] = {}
         """``None`` for layouts that cannot be converted."""
-        self._asked_at = -_LOOK_AGAIN_S
+        self._ask_at = 0.0
 
     def extend(self, prompt: Prompt, first: int, end: int, lease_s: float) -> list[Run]:
         """Return what follows block ``first`` of a request, up to block ``end`` at most.
@@ -119,10 +121,13 @@ class OtherLayouts:
         return chains[size]
 
     def _open(self) -> list[KVStoreBase]:
-        now = time.monotonic()
-        if now - self._asked_at >= _LOOK_AGAIN_S:
-            self._asked_at = now
-            for layout in self._store.layouts():
+        began = time.monotonic()
+        if began >= self._ask_at:
+            self._ask_at = began + _LOOK_AGAIN_S
+            layouts = self._store.layouts()
+            ended = time.monotonic()
+            self._ask_at = ended + max(_LOOK_AGAIN_S, (ended - began) / _SHARE_OF_TIME)
+            for layout in layouts:
                 opened = sum(store is not None for store in self._stores.values())
                 if layout not in self._stores and opened < _MOST_LAYOUTS:
                     self._stores[layout] = self._open_one(layout)

@@ -28,6 +28,7 @@ from ucm_sdk.connector.plans import (
     WorkerReport,
 )
 from ucm_sdk.connector.requests import Loading, Planned, Request, Save
+from ucm_sdk.handoff import SavedBlocks
 from ucm_sdk.hashing import BlockChain
 
 if TYPE_CHECKING:
@@ -277,6 +278,14 @@ class SchedulerSide:
     def ids(self, id: str, first: int, last: int) -> tuple[bytes, ...]:
         """Return the ids of a request's blocks, as far as they have been saved or looked up."""
         return tuple(self._requests[id].chain.ids[first:last])
+
+    def saving_blocks(self, id: str) -> SavedBlocks:
+        """Return the blocks of a request whose saves no worker has reported as ended."""
+        chain = self._requests[id].chain.ids
+        spans = ((one.first, len(one.blocks)) for one in self._saving.values() if one.request == id)
+        ids = [block for first, count in sorted(spans) for block in chain[first : first + count]]
+        layout = self._store.context.layout
+        return SavedBlocks(self._namespace, layout.canonical(), tuple(ids))
 
     def finished(self, id: str) -> None:
         """Forget a request; its saves go on."""

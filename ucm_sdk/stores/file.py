@@ -29,6 +29,7 @@ import pydantic
 from ucm_sdk._native import Pool, Segments, scratch_bytes
 from ucm_sdk.config import Strict
 from ucm_sdk.errors import ConfigError, UcmError
+from ucm_sdk.hashing import NamedNamespace
 from ucm_sdk.layout import KVLayout
 from ucm_sdk.store import KVStoreBase, StoreContext
 from ucm_sdk.tasks import Transfer
@@ -267,6 +268,10 @@ def _prepare(root: Path, context: StoreContext, *, durable: bool) -> Path:
         raise ConfigError(msg)
     layout, namespace = context.layout, context.namespace
     directory = root / namespace.digest().hex() / layout.digest().hex()
+    if isinstance(namespace, NamedNamespace) and not directory.is_dir():
+        # Nobody could say what it stands for.
+        msg = f"{where}: holds nothing of namespace {namespace.digest().hex()} in this geometry"
+        raise ConfigError(msg)
     try:
         check_version(root)
         for folder in (directory.parent, directory):

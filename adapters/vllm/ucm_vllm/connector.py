@@ -122,13 +122,12 @@ class UcmConnector(KVConnectorBase_V1):
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """Forget the request.
+        """Forget the request; say which blocks are still being saved, where that is asked.
 
         Its blocks may be freed at once: a step that reuses one waits for its save first.
         """
         del block_ids
-        self._at_scheduler.finished(request)
-        return False, None
+        return False, self._at_scheduler.finished(request)
 
     def has_pending_push_work(self) -> bool:
         """Keep the engine stepping until every save has been reported."""

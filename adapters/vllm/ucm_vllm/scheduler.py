@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from ucm_sdk import StoreContext
 from ucm_sdk.connector import (
@@ -267,14 +267,18 @@ class VllmScheduler:
         """Take the workers' report."""
         self._side.update(report)
 
-    def finished(self, request: Request) -> None:
-        """Forget a request."""
-        self._requests.pop(request.request_id, None)
+    def finished(self, request: Request) -> dict[str, Any] | None:
+        """Forget a request; what is returned goes to whoever asked to go on with it."""
+        found = None
+        served = self._requests.pop(request.request_id, None) is not None
+        if served and (request.kv_transfer_params or {}).get("do_remote_decode"):
+            found = self._side.saving_blocks(request.request_id).to_params()
         if self._sent.pop(request.request_id, None) is not None:
             self._gone.append(request.request_id)
         if self._blend is not None:
             self._blend.finished(request.request_id)
         self._side.finished(request.request_id)
+        return found
 
     def take_increments(self) -> Increments:
         """Return the metrics since the last call."""

@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: MIT
+"""The proxy as an ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final
+
+import httpx
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ucm_sdk import config
+from ucm_sdk.errors import ConfigError
+from ucm_sdk.proxy.exchange import Exchange
+from ucm_sdk.proxy.instances import Instances, describe
+from ucm_sdk.proxy.metrics import ProxyMetrics
+from ucm_sdk.proxy.options import InstanceOptions, LimitOptions, ProxyConfig
+from ucm_sdk.proxy.readiness import Readiness
+from ucm_sdk.proxy.requests import PATHS, Ask, ProxyError, error_body, no_instance
+
+logger = logging.getLogger(__name__)
+
+ABORT: Final = "ucm.abort"
+"""In a scope's extensions: what closes the connection at once, with whatever is not sent yet."""
+_OPEN_PATHS: Final = frozenset({"/health", "/metrics"})
+_ADMIN_PATH: Final = "/instances"
+
+
+class TooSlowError(Exception):
+    """A client takes nothing of what it is sent."""
+
+
+class ConnectedClient:
+    """A client at the other end of an ASGI call."""
+
+    def __init__(self, scope: Scope, send: Send, write_s: float) -> None:
+        """Give the client ``write_s`` to take what it is sent."""
+        self._abort: Callable[[], None] | None = scope.get("extensions", {}).get(ABORT)
+        self._asgi_send = send
+        self._write_s = write_s
+        self.started = False
+
+    async def start(self, status: int, content_type: str) -> None:
+        """Begin an answer."""
+        self.started = True
+        headers = [(b"content-type", content_type.encode("latin-1", "replace"))]
+        if content_type.startswith("text/event-stream"):
+            headers.append((b"cache-control", b"no-cache"))
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def write(self, data: bytes) -> None:
+        """Send some of it."""
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self) -> None:
+        """End it."""
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        try:
+            async with asyncio.timeout(self._write_s):
+                await self._asgi_send(message)
+        except TimeoutError:
+            if self._abort is not None:
+                self._abort()
+            msg = f"a client took nothing for {self._write_s:g} s"
+            raise TooSlowError(msg) from None
+
+
+class Completions:
+    """The endpoint that instances answer."""
+
+    def __init__(self, exchange: Exchange, limits: LimitOptions, metrics: ProxyMetrics) -> None:
+        """Serve by an exchange."""
+        self._exchange = exchange
+        self._limits = limits
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request; ends what was begun for it when the client goes."""
+        client = ConnectedClient(scope, send, self._limits.write_s)
+        if scope["method"] != "POST":
+            response = refusal(ProxyError(405, f"{scope['method']}: POST a request"))
+            await response(scope, receive, send)
+            return
+        try:
+            body = await _read_body(scope, receive, self._limits)
+            ask = Ask.parse(scope["path"], body)
+        except ProxyError as error:
+            self._metrics.requests.labels("refused").inc()
+            await refusal(error, close=True)(scope, receive, send)
+            return
+        except ConnectionError:
+            self._metrics.requests.labels("cancelled").inc()
+            return
+        answering = asyncio.create_task(self._exchange.answer(ask, client))
+        gone = asyncio.create_task(_gone(receive))
+        try:
+            await asyncio.wait({answering, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            left = not answering.done()
+            answering.cancel()
+            await asyncio.gather(answering, gone, return_exceptions=True)
+        if left:
+            self._metrics.requests.labels("cancelled").inc()
+            return
+        await self._finish(answering, client, scope, receive, send)
+
+    async def _finish(
+        self,
+        answering: asyncio.Task[str],
+        client: ConnectedClient,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        try:
+            result = answering.result()
+        except ProxyError as error:
+            result = "failed"
+            await refusal(error)(scope, receive, send)
+        except TooSlowError as error:
+            result = "too_slow"
+            logger.warning("%s", error)
+        except Exception as error:
+            result = "failed"
+            logger.exception("a request failed")
+            if not client.started:
+                await refusal(ProxyError(500, describe(error)))(scope, receive, send)
+        self._metrics.requests.labels(result).inc()
+
+
+class Keys:
+    """Lets in who has a key."""
+
+    def __init__(self, app: ASGIApp, *, api_key: str | None, admin_key: str | None) -> None:
+        """Ask for ``api_key`` where there is one, and for ``admin_key`` where instances change."""
+        self._app = app
+        self._api_key = api_key
+        self._admin_key = admin_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] != "http" or scope["path"] in _OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        changes = scope["path"].startswith(_ADMIN_PATH) and scope["method"] not in {"GET", "HEAD"}
+        if changes and self._admin_key is None:
+            error = ProxyError(403, "instances cannot be changed: proxy.admin_key is not set")
+            await refusal(error, close=True)(scope, receive, send)
+            return
+        accepted = [self._admin_key] if changes else [self._api_key, self._admin_key]
+        given = next((v for k, v in scope["headers"] if k == b"authorization"), b"")
+        scheme, _, token = given.partition(b" ")
+        known = scheme.lower() == b"bearer" and any(
+            hmac.compare_digest(token.strip(), key.encode()) for key in accepted if key is not None
+        )
+        if known or (self._api_key is None and not changes):
+            await self._app(scope, receive, send)
+            return
+        error = ProxyError(401, "a key is needed: send it as 'Authorization: Bearer KEY'")
+        await refusal(error, close=True)(scope, receive, send)
+
+
+class Operators:
+    """The endpoints that say how the proxy is, and change its instances."""
+
+    def __init__(self, instances: Instances, metrics: ProxyMetrics, limits: LimitOptions) -> None:
+        """Show and change these."""
+        self._instances = instances
+        self._metrics = metrics
+        self._limits = limits
+
+    async def health(self, _: Request) -> Response:
+        """Say whether completions can be answered."""
+        answers = self._instances.any_of("decode")
+        return JSONResponse({"decode": answers}, 200 if answers else 503)
+
+    async def metrics(self, _: Request) -> Response:
+        """Return the metrics."""
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def models(self, _: Request) -> Response:
+        """Return what an instance says of its models."""
+        now = asyncio.get_running_loop().time()
+        instance = await self._instances.pick("decode", (), (), now)
+        if instance is None:
+            raise no_instance()
+        try:
+            found = await instance.client.get("/v1/models")
+        except httpx.HTTPError as error:
+            self._instances.failed(instance, error)
+            raise ProxyError(502, f"instance {instance.name}: {describe(error)}") from error
+        return Response(found.content, found.status_code, media_type="application/json")
+
+    async def show(self, _: Request) -> Response:
+        """Return all instances."""
+        return JSONResponse([one.describe() for one in self._instances])
+
+    async def add(self, request: Request) -> Response:
+        """Register an instance."""
+        body = await _read_body(request.scope, request.receive, self._limits)
+        try:
+            checked = config.parse(InstanceOptions, dict(json.loads(body)), where="instance")
+        except (ValueError, TypeError, RecursionError, ConfigError) as error:
+            raise ProxyError(400, str(error)) from error
+        return JSONResponse((await self._instances.add(checked)).describe(), 201)
+
+    async def remove(self, request: Request) -> Response:
+        """Forget an instance."""
+        self._instances.remove(request.path_params["name"])
+        return Response(status_code=204)
+
+    async def drain(self, request: Request) -> Response:
+        """Give an instance nothing new, or end that."""
+        name, draining = request.path_params["name"], request.method == "POST"
+        return JSONResponse(self._instances.drain(name, draining=draining).describe())
+
+
+def make_app(options: ProxyConfig) -> Starlette:
+    """Return the application; its lifespan asks the instances for their health."""
+    proxy = options.proxy
+    metrics = ProxyMetrics()
+    instances = Instances(proxy.routing, proxy.engines, metrics)
+    readiness = Readiness(options.store, wait_s=proxy.engines.ready_s)
+    exchange = Exchange(proxy, instances, readiness, metrics)
+    completions = Completions(exchange, proxy.limits, metrics)
+    operators = Operators(instances, metrics, proxy.limits)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        await asyncio.gather(*(instances.add(one) for one in proxy.instances))
+        yield
+        await instances.close()
+        readiness.close()
+
+    one = _ADMIN_PATH + "/{name}"
+    routes = [
+        *(Route(path, completions) for path in PATHS),
+        Route("/v1/models", operators.models),
+        Route("/health", operators.health),
+        Route("/metrics", operators.metrics),
+        Route(_ADMIN_PATH, operators.show, methods=["GET"]),
+        Route(_ADMIN_PATH, operators.add, methods=["POST"]),
+        Route(one, operators.remove, methods=["DELETE"]),
+        Route(f"{one}/drain", operators.drain, methods=["POST", "DELETE"]),
+    ]
+    keys = {
+        name: key.get_secret_value() if key is not None else None
+        for name, key in (("api_key", proxy.api_key), ("admin_key", proxy.admin_key))
+    }
+    handlers: dict[Any, Callable[[Request, Any], Awaitable[Response]]] = {ProxyError: _handle}
+    return Starlette(
+        routes=routes,
+        middleware=[Middleware(Keys, **keys)],
+        exception_handlers=handlers,
+        lifespan=lifespan,
+    )
+
+
+async def _handle(_: Request, error: ProxyError) -> Response:
+    return refusal(error)
+
+
+def refusal(error: ProxyError, *, close: bool = False) -> Response:
+    """Return the response for an error; ``close`` where the rest of the request is not read."""
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(error.retry_after_s)
+    if close:
+        headers["connection"] = "close"
+    return JSONResponse(error_body(error.status, str(error)), error.status, headers=headers)
+
+
+async def _read_body(scope: Scope, receive: Receive, limits: LimitOptions) -> bytes:
+    """Return a request's body; raises ``ProxyError`` for one that is too long or too slow."""
+    too_long = ProxyError(413, f"the body is longer than {limits.body_bytes} bytes")
+    announced = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
+    if not announced.isdigit() or int(announced) > limits.body_bytes:
+        raise too_long
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(limits.body_s):
+            while True:
+                message = await receive()
+                if message["type"] != "http.request":
+                    msg = "the client has gone"
+                    raise ConnectionError(msg)
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                if size > limits.body_bytes:
+                    raise too_long
+                if not message.get("more_body", False):
+                    return b"".join(parts)
+    except TimeoutError:
+        msg = f"the body did not come within {limits.body_s:g} s"
+        raise ProxyError(408, msg) from None
+
+
+async def _gone(receive: Receive) -> None:
+    """Return when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

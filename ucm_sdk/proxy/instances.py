@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: MIT
+"""The engines behind a proxy: whether they answer, and what they have to do."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Final, Literal, TypeAlias
+
+import httpx
+
+from ucm_sdk.proxy.metrics import ProxyMetrics
+from ucm_sdk.proxy.options import EngineOptions, InstanceOptions, Role, RoutingOptions
+from ucm_sdk.proxy.requests import ProxyError
+from ucm_sdk.proxy.routing import Candidate, SeenPrompts, choose
+
+logger = logging.getLogger(__name__)
+
+Stage: TypeAlias = Literal["prefill", "decode"]
+
+ROLES: Final[dict[Stage, frozenset[Role]]] = {
+    "prefill": frozenset({"prefill"}),
+    "decode": frozenset({"decode", "both"}),
+}
+_OK: Final = 200
+_KEPT_CONNECTIONS: Final = 256
+
+
+class Instance:
+    """An engine's server."""
+
+    def __init__(self, options: InstanceOptions, engines: EngineOptions, verify: Any) -> None:
+        """Know it; nothing is sent yet."""
+        self.options = options
+        self.healthy = False
+        self.draining = False
+        self.running = 0
+        self.turn = 0
+        self.error = "not asked yet"
+        self.doubted = asyncio.Event()
+        self.changed_at = time.time()
+        headers = {"accept-encoding": "identity", "user-agent": "ucm-proxy"}
+        if options.api_key is not None:
+            headers["authorization"] = f"Bearer {options.api_key.get_secret_value()}"
+        self.client = httpx.AsyncClient(
+            base_url=options.url,
+            headers=headers,
+            verify=verify,
+            # The proxy decides whom it talks to, and not its environment.
+            trust_env=False,
+            timeout=httpx.Timeout(engines.idle_s, connect=engines.connect_s, pool=None),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=_KEPT_CONNECTIONS),
+        )
+
+    @property
+    def name(self) -> str:
+        """By which it is spoken of."""
+        return self.options.name
+
+    def describe(self) -> dict[str, Any]:
+        """Return what an operator wants to know."""
+        return {
+            "name": self.name,
+            "url": self.options.url,
+            "role": self.options.role,
+            "healthy": self.healthy,
+            "draining": self.draining,
+            "running": self.running,
+            "max_running": self.options.max_running,
+            "error": self.error,
+            "since_s": round(time.time() - self.changed_at, 1),
+        }
+
+
+class Instances:
+    """All of them."""
+
+    def __init__(
+        self, routing: RoutingOptions, engines: EngineOptions, metrics: ProxyMetrics
+    ) -> None:
+        """Begin without any."""
+        self._routing = routing
+        self._engines = engines
+        self._metrics = metrics
+        self._instances: dict[str, Instance] = {}
+        self._watchers: dict[str, asyncio.Task[None]] = {}
+        self._seen: dict[Stage, SeenPrompts] = {
+            stage: SeenPrompts(routing.most_pieces) for stage in ROLES
+        }
+        self._turn = 0
+        self._changed = asyncio.Event()
+        self._closing: set[asyncio.Task[None]] = set()
+        self._verify = (
+            ssl.create_default_context(cafile=str(engines.ca_file)) if engines.ca_file else True
+        )
+
+    def __iter__(self) -> Iterator[Instance]:
+        """Go through them."""
+        return iter(list(self._instances.values()))
+
+    def get(self, name: str) -> Instance:
+        """Return one; raises ``ProxyError`` where there is none of that name."""
+        if name not in self._instances:
+            raise ProxyError(404, f"there is no instance {name!r}")
+        return self._instances[name]
+
+    async def add(self, options: InstanceOptions) -> Instance:
+        """Add an instance and ask it for its health; raises ``ProxyError`` for a name in use."""
+        if options.name in self._instances:
+            raise ProxyError(409, f"there is an instance {options.name!r} already; remove it first")
+        instance = Instance(options, self._engines, self._verify)
+        self._instances[options.name] = instance
+        await self._check(instance)
+        if self._instances.get(options.name) is instance:
+            self._watchers[options.name] = asyncio.create_task(self._watch(instance))
+        return instance
+
+    def remove(self, name: str) -> None:
+        """Forget an instance; what it is doing goes on."""
+        instance = self.get(name)
+        del self._instances[name]
+        if (watcher := self._watchers.pop(name, None)) is not None:
+            watcher.cancel()
+        self._forget(instance)
+        labels = (name, instance.options.role)
+        for gauge in (self._metrics.healthy, self._metrics.instance_running):
+            with suppress(KeyError):
+                gauge.remove(*labels)
+        self._changed.set()
+        closing = asyncio.create_task(self._close(instance))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
+    def drain(self, name: str, *, draining: bool) -> Instance:
+        """Give an instance nothing new, or end that."""
+        instance = self.get(name)
+        instance.draining = draining
+        self._changed.set()
+        return instance
+
+    def any_of(self, stage: Stage) -> bool:
+        """Whether an instance for a stage answers and is not being drained."""
+        return bool(self._usable(stage, ()))
+
+    async def pick(
+        self, stage: Stage, pieces: Sequence[bytes], tried: Sequence[str], deadline: float
+    ) -> Instance | None:
+        """Return the best instance that was not tried, as soon as one has room.
+
+        None where none is left.  Raises ``ProxyError`` when all have as much as they may until
+        ``deadline``, in the event loop's time.
+        """
+        while True:
+            usable = self._usable(stage, tried)
+            if not usable:
+                return None
+            seen = self._seen[stage]
+            known = seen.known(pieces, [one.name for one in usable])
+            name = choose(
+                (
+                    Candidate(
+                        one.name, one.running, one.options.max_running, one.turn, known[one.name]
+                    )
+                    for one in usable
+                ),
+                self._routing.policy,
+                spread=self._routing.spread,
+            )
+            if name is not None:
+                self._turn += 1
+                self._instances[name].turn = self._turn
+                seen.add(pieces, name)
+                return self._instances[name]
+            self._changed.clear()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self._changed.wait()
+            except TimeoutError:
+                msg = f"every {stage} instance has as many requests as it may"
+                raise ProxyError(503, msg, retry_after_s=1) from None
+
+    @contextmanager
+    def using(self, instance: Instance) -> Iterator[Instance]:
+        """Count a request as the instance's."""
+        labels = (instance.name, instance.options.role)
+        instance.running += 1
+        self._metrics.instance_running.labels(*labels).set(instance.running)
+        try:
+            yield instance
+        finally:
+            instance.running -= 1
+            if instance.name in self._instances:
+                self._metrics.instance_running.labels(*labels).set(instance.running)
+            self._changed.set()
+
+    def failed(self, instance: Instance, error: Exception) -> None:
+        """Note that an instance did not do what it should: it is asked for its health at once."""
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+            self._set(instance, healthy=False, error=describe(error))
+        instance.doubted.set()
+
+    def _usable(self, stage: Stage, tried: Sequence[str]) -> list[Instance]:
+        return [
+            one
+            for one in self._instances.values()
+            if one.options.role in ROLES[stage]
+            and one.healthy
+            and not one.draining
+            and one.name not in tried
+        ]
+
+    async def _watch(self, instance: Instance) -> None:
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._engines.health_every_s):
+                    await instance.doubted.wait()
+            instance.doubted.clear()
+            await self._check(instance)
+
+    async def _check(self, instance: Instance) -> None:
+        try:
+            async with asyncio.timeout(self._engines.health_timeout_s):
+                response = await instance.client.get(self._engines.health_path)
+        except (httpx.HTTPError, TimeoutError) as error:
+            self._set(instance, healthy=False, error=describe(error))
+            return
+        fine = response.status_code == _OK
+        problem = "" if fine else f"the health check was answered with {response.status_code}"
+        self._set(instance, healthy=fine, error=problem)
+
+    def _set(self, instance: Instance, *, healthy: bool, error: str) -> None:
+        if healthy != instance.healthy:
+            instance.changed_at = time.time()
+            self._changed.set()
+            if healthy:
+                logger.info("instance %s answers", instance.name)
+            else:
+                logger.warning("instance %s is left out: %s", instance.name, error)
+                # One that comes back has started anew.
+                self._forget(instance)
+        instance.healthy, instance.error = healthy, error
+        if instance.name in self._instances:
+            labels = (instance.name, instance.options.role)
+            self._metrics.healthy.labels(*labels).set(int(healthy))
+
+    def _forget(self, instance: Instance) -> None:
+        for seen in self._seen.values():
+            seen.forget(instance.name)
+
+    async def _close(self, instance: Instance) -> None:
+        while instance.running:
+            self._changed.clear()
+            await self._changed.wait()
+        await instance.client.aclose()
+
+    async def close(self) -> None:
+        """End the health checks and close all connections."""
+        for watcher in self._watchers.values():
+            watcher.cancel()
+        for closing in self._closing:
+            closing.cancel()
+        await asyncio.gather(*self._watchers.values(), *self._closing, return_exceptions=True)
+        for instance in self._instances.values():
+            await instance.client.aclose()
+
+
+def describe(error: Exception | str) -> str:
+    """Return what an error says, or at least what it is."""
+    return str(error) or type(error).__name__

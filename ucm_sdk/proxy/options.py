@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: MIT
+"""The proxy's configuration."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeAlias
+
+import pydantic
+
+from ucm_sdk import config
+from ucm_sdk.config import Strict
+from ucm_sdk.errors import ConfigError
+from ucm_sdk.store import check_store_options
+
+Role: TypeAlias = Literal["prefill", "decode", "both"]
+Policy: TypeAlias = Literal["prefix", "load", "round_robin"]
+Seconds: TypeAlias = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+Secret: TypeAlias = Annotated[pydantic.SecretStr, pydantic.Field(min_length=1)]
+
+
+class InstanceOptions(Strict):
+    """An engine's server."""
+
+    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """By which it is spoken of."""
+    url: str = pydantic.Field(pattern=r"^https?://[^\s/?#@]+/?$")
+    """Where it listens, without a path."""
+    role: Role = "both"
+    """``prefill`` computes prompts, ``decode`` answers, ``both`` answers by itself as well."""
+    api_key: Secret | None = None
+    """What the engine's server asks of its clients."""
+    max_running: int = pydantic.Field(default=256, ge=1)
+    """Requests that it is given at a time."""
+
+
+class RoutingOptions(Strict):
+    """Which instance gets a request."""
+
+    policy: Policy = "prefix"
+    """``prefix``: who has seen most of the prompt, unless that one has much more to do."""
+    spread: int = pydantic.Field(default=8, ge=0)
+    """Requests that an instance which knows the prompt may have more than another."""
+    piece_bytes: int = pydantic.Field(default=512, ge=16)
+    """Prompts are compared by pieces of so many bytes."""
+    most_pieces: int = pydantic.Field(default=200_000, ge=1)
+    """Pieces that are remembered."""
+    min_prefill_bytes: int = pydantic.Field(default=0, ge=0)
+    """Shorter prompts go to a decode instance at once."""
+
+
+class LimitOptions(Strict):
+    """What clients may ask of the proxy."""
+
+    body_bytes: int = pydantic.Field(default=4 << 20, ge=1)
+    headers: int = pydantic.Field(default=64, ge=1)
+    header_bytes: int = pydantic.Field(default=32 << 10, ge=256)
+    connections: int = pydantic.Field(default=4096, ge=1)
+    running: int = pydantic.Field(default=1024, ge=1)
+    """Requests that are served at a time."""
+    waiting: int = pydantic.Field(default=1024, ge=0)
+    """Requests that wait for their turn; more are refused."""
+    header_s: Seconds = 10.0
+    """How long a connection may be open before the headers of a request have come."""
+    body_s: Seconds = 30.0
+    """How long a request's body may take to come."""
+    write_s: Seconds = 30.0
+    """How long a client may take nothing of what it is sent."""
+    queue_s: Seconds = 30.0
+    """How long a request waits for its turn."""
+
+
+class EngineOptions(Strict):
+    """How instances are dealt with."""
+
+    connect_s: Seconds = 2.0
+    prefill_s: Seconds = 120.0
+    """How long a prompt may take on a prefill instance."""
+    idle_s: Seconds = 300.0
+    """How long a decode instance may send nothing."""
+    attempts: int = pydantic.Field(default=3, ge=1)
+    """Instances that are tried for each part of a request."""
+    ready_s: float = pydantic.Field(default=2.0, ge=0, allow_inf_nan=False)
+    """How long to wait for the store to have a prompt's KV; after that it is computed again."""
+    replay_bytes: int = pydantic.Field(default=4 << 20, ge=0)
+    """Up to so much of a stream is remembered, to go on with it on another instance."""
+    health_path: str = pydantic.Field(default="/health", pattern=r"^/\S*$")
+    health_every_s: Seconds = 2.0
+    health_timeout_s: Seconds = 2.0
+    ca_file: Path | None = None
+    """Certificates of authorities that instances' certificates are checked against."""
+
+
+class ProxyOptions(Strict):
+    """The table ``proxy``."""
+
+    host: str = "127.0.0.1"
+    port: int = pydantic.Field(default=8080, ge=0, le=65535)
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    api_key: Secret | None = None
+    """What clients must send as a bearer token; None for everybody."""
+    admin_key: Secret | None = None
+    """What registers, drains and removes instances; None for nobody."""
+    instances: tuple[InstanceOptions, ...] = ()
+    routing: RoutingOptions = RoutingOptions()
+    limits: LimitOptions = LimitOptions()
+    engines: EngineOptions = EngineOptions()
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            msg = "tls_certificate and tls_key belong together: set both or none"
+            raise ValueError(msg)
+        twice = [name for name, n in Counter(one.name for one in self.instances).items() if n > 1]
+        if twice:
+            msg = f"instances: name {twice[0]!r} is used twice; every instance needs its own"
+            raise ValueError(msg)
+        if not self.instances and self.admin_key is None:
+            msg = "there are no instances, and without admin_key none can be registered"
+            raise ValueError(msg)
+        return self
+
+
+class ProxyConfig(Strict):
+    """What ``ucm proxy serve`` reads."""
+
+    proxy: ProxyOptions
+    store: dict[str, Any] | None = None
+    """The engines' store, as they have it; asked whether a prompt's KV is there."""
+
+
+def load_proxy_config(
+    path: Path | None, *, environment: Mapping[str, str] | None = None
+) -> ProxyConfig:
+    """Return the checked configuration of a file and the environment; raises ``ConfigError``."""
+    inline = {} if path is None else {config.CONFIG_FILE_KEY: str(path)}
+    values = config.load(inline, environment=os.environ if environment is None else environment)
+    # The engines may be configured by the same file.
+    values = {key: value for key, value in values.items() if key in ProxyConfig.model_fields}
+    if "proxy" not in values:
+        msg = "proxy: the table is missing; it names the instances, or an admin_key"
+        raise ConfigError(msg)
+    found = config.parse(ProxyConfig, values, where="proxy")
+    if found.store is not None:
+        check_store_options(found.store)
+    for name in ("tls_certificate", "tls_key"):
+        file = getattr(found.proxy, name)
+        if file is not None and not file.is_file():
+            msg = f"proxy.{name}={file}: there is no such file"
+            raise ConfigError(msg)
+    return found
