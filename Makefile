@@ -13,7 +13,7 @@ DAMAGES ?= 10000
 MODEL := $(UCM_CACHE_DIR)/models/SmolLM2-135M-Instruct
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help test demo demo-cross demo-prefill-offload demo-window demo-blend bench-store eval-sparse crash capacity damage clean install-demo install-demo-sglang install-sdk
+.PHONY: help test demo demo-cross demo-prefill-offload demo-window demo-blend demo-pd bench-store eval-sparse crash capacity damage clean install-demo install-demo-sglang install-sdk
 
 help:
 	@echo "make test   lint, types, C tests, unit, conformance, documentation and real-engine tests"
@@ -22,6 +22,7 @@ help:
 	@echo "make demo-prefill-offload  prompts whose KV is many times vLLM's pool"
 	@echo "make demo-window  texts twice as long as what the model was trained on"
 	@echo "make demo-blend  chunks whose KV was computed elsewhere, in any order"
+	@echo "make demo-pd  one engine computes prompts, two others answer, and instances are killed"
 	@echo "make bench-store  the file store beside the machine's limits and other stores"
 	@echo "make eval-sparse  what each sparse attention method costs in quality, in short"
 	@echo "make crash LOOPS=1000  kill writers and a reader again and again, and check what is there"
@@ -64,6 +65,12 @@ demo-window: install-demo
 demo-blend: install-demo
 	$(DEMO)/bin/python tools/make_model.py $(MODEL)
 	PYTHONSAFEPATH=1 $(DEMO)/bin/python examples/demo_blend.py $(MODEL)
+
+demo-pd: install-demo install-demo-sglang
+	$(DEMO)/bin/python -m pip install -q ".[vllm,proxy]"
+	$(DEMO)/bin/python tools/make_model.py $(MODEL)
+	PYTHONSAFEPATH=1 $(DEMO)/bin/python examples/demo_pd.py $(MODEL) \
+	  $(DEMO)/bin/python $(DEMO_SGLANG)/bin/python
 
 bench-store: install-demo
 	$(DEMO)/bin/python -m pip install -q --no-deps lmcache==0.5.6

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Write reference/configuration.md and reference/metrics.md from the code.
+"""Write the pages of the reference that say what the code says: keys and metrics.
 
 Usage: ``python docs/generate.py [--check]``
 
@@ -30,6 +30,8 @@ from ucm_sdk.connector.options import BlendConfig, PositionConfig, PrefillOffloa
 from ucm_sdk.errors import Status
 from ucm_sdk.position import METHODS as POSITIONS
 from ucm_sdk.position import PositionMethod, PositionOptions
+from ucm_sdk.proxy import metrics as proxy_metrics
+from ucm_sdk.proxy import options as proxy_options
 from ucm_sdk.registry import Registry
 from ucm_sdk.sparse import METHODS, MethodOptions, SparseBudget, UcmSparseBase
 from ucm_sdk.store import STORES, store_class
@@ -43,6 +45,7 @@ TYPE_NAMES: Final = {
     float: "number",
     bool: "true or false",
     Path: "path",
+    pydantic.SecretStr: "text",
     dict: "table",
     frozenset: "list of whole numbers",
     tuple: "list of whole numbers",
@@ -110,6 +113,24 @@ A histogram has the series `_bucket`, `_sum` and `_count`.
 Each rank counts the transfers of its own shard, and the numbers are added up: with tensor
 parallelism, `ucm_transfer_blocks_total` counts shards. In a layer-wise mode every layer is a
 transfer of its own, and counts.
+"""
+
+PROXY_HEAD: Final = """\
+# Proxy
+
+`ucm proxy serve FILE` reads a table `proxy` and a table `store` from a TOML, YAML or JSON file, and
+from variables such as `UCM_PROXY__API_KEY`, see [configuration](configuration.md). Tables of the
+engines in the same file are left alone. What it is for:
+[split prefill and decode](../how-to/split-prefill-and-decode.md).
+
+| | | needs |
+|---|---|---|
+| `POST` | `/v1/completions`, `/v1/chat/completions` | `api_key` |
+| `GET` | `/v1/models`, `/instances` | `api_key` |
+| `POST` | `/instances`, with an instance's table in JSON | `admin_key` |
+| `DELETE` | `/instances/NAME` | `admin_key` |
+| `POST`, `DELETE` | `/instances/NAME/drain`: give it nothing new, or end that | `admin_key` |
+| `GET` | `/health`: 200 while an instance can answer, `/metrics` | |
 """
 
 OPERATIONS: Final = {
@@ -196,8 +217,13 @@ def type_text(annotation: Any) -> str:
     origin = typing.get_origin(annotation)
     if origin is typing.Literal:
         return " or ".join(f"`{value}`" for value in typing.get_args(annotation))
+    parts = typing.get_args(annotation)
     if origin in {types.UnionType, typing.Union}:
-        return " or ".join(type_text(part) for part in typing.get_args(annotation))
+        return " or ".join(type_text(part) for part in parts)
+    if origin is typing.Annotated:
+        return type_text(parts[0])
+    if origin is tuple and type_text(parts[0]) == "table":
+        return "list of tables"
     if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
         return "table"
     return TYPE_NAMES[origin or annotation]
@@ -324,8 +350,8 @@ def exported_name(metric: telemetry.Metric) -> str:
     return f"{metric.name}_total" if metric.kind is telemetry.Kind.COUNTER else metric.name
 
 
-def metrics() -> str:
-    """Return the page of all metrics."""
+def metrics_table(metrics: Sequence[telemetry.Metric]) -> list[str]:
+    """Return a table of metrics."""
     rows = [
         (
             f"`{exported_name(metric)}`",
@@ -333,9 +359,27 @@ def metrics() -> str:
             ", ".join(f"`{label}`" for label in metric.labels),
             prose(metric.help),
         )
-        for metric in telemetry.METRICS
+        for metric in metrics
     ]
-    lines = [NOTE, "", METRICS_HEAD, *table(("name", "type", "labels", "meaning"), rows), ""]
+    return table(("name", "type", "labels", "meaning"), rows)
+
+
+def proxy() -> str:
+    """Return the page of the proxy's keys and metrics."""
+    lines = [NOTE, "", PROXY_HEAD]
+    lines += model_section("The top level", proxy_options.ProxyConfig)
+    lines += model_section("`proxy`", proxy_options.ProxyOptions)
+    lines += model_section("`proxy.instances`, each", proxy_options.InstanceOptions)
+    lines += model_section("`proxy.routing`", proxy_options.RoutingOptions)
+    lines += model_section("`proxy.limits`", proxy_options.LimitOptions)
+    lines += model_section("`proxy.engines`", proxy_options.EngineOptions)
+    lines += ["## Metrics", "", *metrics_table(proxy_metrics.METRICS)]
+    return "\n".join(lines) + "\n"
+
+
+def metrics() -> str:
+    """Return the page of all metrics."""
+    lines = [NOTE, "", METRICS_HEAD, *metrics_table(telemetry.METRICS), ""]
     lines += ["## Buckets", ""]
     for metric in telemetry.METRICS:
         if metric.buckets:
@@ -380,7 +424,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Write the generated pages of the reference.")
     parser.add_argument("--check", action="store_true", help="write nothing; 1 when a page differs")
     check = parser.parse_args().check
-    pages = {"configuration.md": configuration(), "metrics.md": metrics()}
+    pages = {"configuration.md": configuration(), "metrics.md": metrics(), "proxy.md": proxy()}
     status = 0
     for name, text in pages.items():
         if not check:

@@ -30,9 +30,8 @@ class SavedBlocks:
 
     def context(self) -> StoreContext:
         """Return what a store is opened for, to ask it for the blocks."""
-        return StoreContext(
-            NamedNamespace(name=self.namespace), KVLayout.from_canonical(self.layout)
-        )
+        namespace = NamedNamespace(name=self.namespace.hex())
+        return StoreContext(namespace, KVLayout.from_canonical(self.layout))
 
     def to_params(self) -> dict[str, Any]:
         """Return the plain values that an engine's ``kv_transfer_params`` carry."""

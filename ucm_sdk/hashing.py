@@ -81,12 +81,12 @@ class NamedNamespace(Namespace):
     compute_dtype: str = ""
     kv_dtype: str = ""
     attention: str = ""
-    name: bytes = b""
-    """The digest."""
+    name: str = ""
+    """The digest, in hexadecimal."""
 
     def digest(self) -> bytes:
-        """Return the digest."""
-        return self.name
+        """Return the namespace's 32 bytes."""
+        return bytes.fromhex(self.name)
 
 
 class BlockChain:

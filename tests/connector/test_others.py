@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def test_a_prefix_goes_on_in_whichever_blocks_it_goes_on(
     prompt = prompt_of(160)
 
     def fresh(size: int) -> ScriptedEngine:
-        # One that runs asks for layouts that have come up since every ten seconds only.
+        # One that runs may have KV of its own.
         return start(config, block_tokens=size, blocks=128)
 
     check(fresh(4), "a", prompt[:64], new=1)
@@ -85,6 +86,18 @@ def test_a_prefix_goes_on_in_whichever_blocks_it_goes_on(
     assert check(fourth, "d", [*prompt, 1]) == 160
     # Converted, its own, converted.
     assert fourth.metrics.counters["ucm_converted_tokens"] == 64 + 48
+
+
+def test_blocks_of_an_engine_that_has_come_up_since_are_found(
+    start: Start, config: dict[str, Any]
+) -> None:
+    prompt = prompt_of(97)
+    reader = start(config, block_tokens=8, blocks=128)
+    assert check(reader, "nothing", prompt_of(20, seed=3)) == 0
+    check(start(config, block_tokens=4), "cold", prompt, new=1)
+    # The store is asked for layouts ten times a second at most.
+    time.sleep(0.2)
+    assert check(reader, "crossed", prompt) == 96
 
 
 def test_a_load_that_begins_later_than_its_run_names_the_right_blocks() -> None:

@@ -87,6 +87,23 @@ def test_what_the_engine_has_may_fill_a_gap_of_the_store(make: Make) -> None:
     assert match(side, "r", TOKENS, 8) == 28
 
 
+def test_what_is_still_being_saved_is_named(make: Make) -> None:
+    side = make(stored=2)
+    for id in ("r", "other"):
+        side.add(id, TOKENS)
+    match(side, "r", TOKENS, 0)
+    side.allocated("r", BLOCKS, 8)
+    assert side.saving_blocks("r").ids == ()
+    (first,) = side.plan_step([scheduled(8, 9)]).saves
+    (second,) = side.plan_step([scheduled(17, 12)]).saves
+    found = side.saving_blocks("r")
+    assert found.ids == tuple(IDS[2:7])
+    assert (found.namespace, found.layout) == (NAMESPACE.digest(), LAYOUT.canonical())
+    assert side.saving_blocks("other").ids == ()
+    side.update(WorkerReport(ended_saves={first.serial: 1}))
+    assert side.saving_blocks("r").ids == second.ids == tuple(IDS[4:7])
+
+
 def test_small_hits_are_not_claimed(make: Make) -> None:
     side = make(stored=2, options={"min_hit_tokens": 9})
     side.add("r", TOKENS)

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("httptools", reason="the proxy's libraries are an extra")
-
 from proxy_harness import ADMIN, Proxy
 from stand_in_engine import StandInEngine
 

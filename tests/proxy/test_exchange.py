@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+
 from proxy_harness import ADMIN
 from stand_in_engine import answer_to
 
@@ -330,7 +331,9 @@ def test_an_unhealthy_instance_gets_nothing_until_it_is_well(engines, proxy) -> 
     one, two = engines("D1", "D2")
     served = proxy({one: "decode", two: "decode"}, routing={"policy": "load"})
     one.health = 503
-    eventually(lambda: not served.metric("ucm_proxy_instance_healthy", instance="D1", role="decode"))
+    eventually(
+        lambda: not served.metric("ucm_proxy_instance_healthy", instance="D1", role="decode")
+    )
     for number in range(4):
         served.ask(f"{number}")
     assert not one.asked

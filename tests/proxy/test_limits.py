@@ -13,6 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
+import trustme
+
 from proxy_harness import ADMIN
 
 SECRET = "client's"
@@ -222,7 +224,6 @@ def test_without_an_admin_key_nobody_changes_instances(engines, proxy) -> None:
 
 
 def test_tls(engines, proxy, tmp_path) -> None:
-    trustme = pytest.importorskip("trustme")
     (one,) = engines("D")
     authority = trustme.CA()
     certificate = authority.issue_cert("localhost")

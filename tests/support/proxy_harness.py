@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
-from stand_in_engine import Served
 
+from stand_in_engine import Served
 from ucm_sdk.proxy.options import ProxyConfig
 from ucm_sdk.proxy.server import make_server
 
@@ -35,5 +35,7 @@ class Proxy(Served):
             text = client.get("/metrics").text
         inside = ",".join(f'{k}="{v}"' for k, v in sorted(labels.items()))
         full = f"{name}{{{inside}}}" if labels else name
-        found = [line.rsplit(" ", 1)[1] for line in text.splitlines() if line.startswith(full + " ")]
+        found = [
+            line.rsplit(" ", 1)[1] for line in text.splitlines() if line.startswith(full + " ")
+        ]
         return float(found[0]) if found else 0.0

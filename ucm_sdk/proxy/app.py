@@ -23,7 +23,7 @@ from ucm_sdk import config
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.proxy.exchange import Exchange
 from ucm_sdk.proxy.instances import Instances, describe
-from ucm_sdk.proxy.metrics import ProxyMetrics
+from ucm_sdk.proxy.metrics import REQUESTS, ProxyMetrics
 from ucm_sdk.proxy.options import InstanceOptions, LimitOptions, ProxyConfig
 from ucm_sdk.proxy.readiness import Readiness
 from ucm_sdk.proxy.requests import PATHS, Ask, ProxyError, error_body, no_instance
@@ -97,11 +97,11 @@ class Completions:
             body = await _read_body(scope, receive, self._limits)
             ask = Ask.parse(scope["path"], body)
         except ProxyError as error:
-            self._metrics.requests.labels("refused").inc()
+            self._metrics.count(REQUESTS, "refused")
             await refusal(error, close=True)(scope, receive, send)
             return
         except ConnectionError:
-            self._metrics.requests.labels("cancelled").inc()
+            self._metrics.count(REQUESTS, "cancelled")
             return
         answering = asyncio.create_task(self._exchange.answer(ask, client))
         gone = asyncio.create_task(_gone(receive))
@@ -113,7 +113,7 @@ class Completions:
             answering.cancel()
             await asyncio.gather(answering, gone, return_exceptions=True)
         if left:
-            self._metrics.requests.labels("cancelled").inc()
+            self._metrics.count(REQUESTS, "cancelled")
             return
         await self._finish(answering, client, scope, receive, send)
 
@@ -138,7 +138,7 @@ class Completions:
             logger.exception("a request failed")
             if not client.started:
                 await refusal(ProxyError(500, describe(error)))(scope, receive, send)
-        self._metrics.requests.labels(result).inc()
+        self._metrics.count(REQUESTS, result)
 
 
 class Keys:
@@ -198,7 +198,7 @@ class Operators:
         if instance is None:
             raise no_instance()
         try:
-            found = await instance.client.get("/v1/models")
+            found = await instance.control.get("/v1/models")
         except httpx.HTTPError as error:
             self._instances.failed(instance, error)
             raise ProxyError(502, f"instance {instance.name}: {describe(error)}") from error

@@ -39,7 +39,11 @@ def serve(
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level="INFO")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     server = make_server(load_proxy_config(path))
-    server.run()
+    try:
+        server.run()
+    except SystemExit as error:
+        # Uvicorn has said why, and has statuses of its own.
+        raise typer.Exit(_PROBLEM) from error
     if not server.started:
         raise typer.Exit(_PROBLEM)
 

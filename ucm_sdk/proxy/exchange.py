@@ -14,7 +14,15 @@ from typing import Any, Final, Protocol
 import httpx
 
 from ucm_sdk.proxy.instances import Instance, Instances, describe
-from ucm_sdk.proxy.metrics import ProxyMetrics
+from ucm_sdk.proxy.metrics import (
+    ATTEMPTS,
+    READINESS,
+    REPLAYED,
+    RUNNING,
+    STAGE_SECONDS,
+    WAITING,
+    ProxyMetrics,
+)
 from ucm_sdk.proxy.options import ProxyOptions
 from ucm_sdk.proxy.readiness import Readiness
 from ucm_sdk.proxy.requests import Ask, ProxyError, error_body, no_instance
@@ -62,7 +70,7 @@ class Gate:
     def __init__(self, running: int, waiting: int, queue_s: float, metrics: ProxyMetrics) -> None:
         """Refuse what is more than both."""
         self._room = asyncio.Semaphore(running)
-        self._waiting = 0
+        self._running = self._waiting = 0
         self._most_waiting = waiting
         self._queue_s = queue_s
         self._metrics = metrics
@@ -86,17 +94,21 @@ class Gate:
             raise ProxyError(503, msg, retry_after_s=1) from None
         finally:
             self._wait(-1)
-        self._metrics.stage_seconds.labels("queue").observe(loop.time() - began)
-        self._metrics.running.inc()
+        self._metrics.observe(STAGE_SECONDS, loop.time() - began, "queue")
+        self._run(1)
         try:
             yield began + self._queue_s
         finally:
-            self._metrics.running.dec()
+            self._run(-1)
             self._room.release()
 
     def _wait(self, more: int) -> None:
         self._waiting += more
-        self._metrics.waiting.set(self._waiting)
+        self._metrics.set(WAITING, self._waiting)
+
+    def _run(self, more: int) -> None:
+        self._running += more
+        self._metrics.set(RUNNING, self._running)
 
 
 class Exchange:
@@ -143,26 +155,26 @@ class Exchange:
             tried.append(instance.name)
             began = loop.time()
             try:
-                with self._instances.using(instance):
+                with self._instances.using(instance) as sending:
                     async with asyncio.timeout(self._engines.prefill_s):
-                        response = await instance.client.post(
+                        response = await sending.post(
                             ask.path, content=body, headers={"content-type": _JSON}
                         )
             except (httpx.HTTPError, TimeoutError) as error:
                 self._note("prefill", instance, error)
                 continue
             if response.status_code >= _REFUSED:
-                self._metrics.attempts.labels("prefill", _result(response.status_code)).inc()
+                self._metrics.count(ATTEMPTS, "prefill", _result(response.status_code))
                 if response.status_code >= _FAILED or response.status_code in _BUSY:
                     continue
                 # Who decodes says why.
                 return
-            self._metrics.attempts.labels("prefill", "ok").inc()
-            self._metrics.stage_seconds.labels("prefill").observe(loop.time() - began)
+            self._metrics.count(ATTEMPTS, "prefill", "ok")
+            self._metrics.observe(STAGE_SECONDS, loop.time() - began, "prefill")
             began = loop.time()
             ready = await self._readiness.wait(_transfer_params(response))
-            self._metrics.readiness.labels(ready).inc()
-            self._metrics.stage_seconds.labels("readiness").observe(loop.time() - began)
+            self._metrics.count(READINESS, ready)
+            self._metrics.observe(STAGE_SECONDS, loop.time() - began, "readiness")
             return
 
     async def _decode(
@@ -179,8 +191,8 @@ class Exchange:
                 break
             tried.append(instance.name)
             try:
-                with self._instances.using(instance):
-                    found = await self._ask(ask, instance, stream, client)
+                with self._instances.using(instance) as sending:
+                    found = await self._ask(ask, sending, stream, client)
             except (httpx.HTTPError, StreamError, TimeoutError) as error:
                 self._note("decode", instance, error)
                 last = ProxyError(502, f"instance {instance.name}: {describe(error)}")
@@ -192,9 +204,9 @@ class Exchange:
                         break
                 continue
             if found is None:
-                self._metrics.attempts.labels("decode", "ok").inc()
+                self._metrics.count(ATTEMPTS, "decode", "ok")
                 return "answered"
-            self._metrics.attempts.labels("decode", _result(found.status)).inc()
+            self._metrics.count(ATTEMPTS, "decode", _result(found.status))
             if found.status >= _FAILED or found.status in _BUSY:
                 last = ProxyError(found.status, f"instance {instance.name}: {_excerpt(found.body)}")
                 continue
@@ -213,24 +225,24 @@ class Exchange:
         return "broken"
 
     async def _ask(
-        self, ask: Ask, instance: Instance, stream: EventStream, client: Client
+        self, ask: Ask, sending: httpx.AsyncClient, stream: EventStream, client: Client
     ) -> _Answer | None:
         """Pass a stream on, or return what comes instead of one."""
         began = asyncio.get_running_loop().time()
-        async with instance.client.stream(
+        async with sending.stream(
             "POST", ask.path, content=ask.body, headers={"content-type": _JSON}
         ) as response:
             kind = response.headers.get("content-type", _JSON)
             if response.status_code >= _REFUSED or not kind.startswith(_EVENTS):
                 return _Answer(response.status_code, kind, await response.aread())
             if client.started:
-                self._metrics.replayed.inc()
+                self._metrics.count(REPLAYED)
             first = True
             async for data in response.aiter_raw():
                 if first:
                     first = False
                     seconds = asyncio.get_running_loop().time() - began
-                    self._metrics.stage_seconds.labels("first_event").observe(seconds)
+                    self._metrics.observe(STAGE_SECONDS, seconds, "first_event")
                 if events := stream.feed(data):
                     if not client.started:
                         await client.start(response.status_code, kind)
@@ -245,7 +257,7 @@ class Exchange:
 
     def _note(self, stage: str, instance: Instance, error: Exception) -> None:
         broken = isinstance(error, StreamError | httpx.RemoteProtocolError | httpx.ReadError)
-        self._metrics.attempts.labels(stage, "broken" if broken else "unreachable").inc()
+        self._metrics.count(ATTEMPTS, stage, "broken" if broken else "unreachable")
         logger.warning("%s by instance %s: %s", stage, instance.name, describe(error))
         self._instances.failed(instance, error)
 

@@ -9,11 +9,12 @@ import ssl
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
 import httpx
 
-from ucm_sdk.proxy.metrics import ProxyMetrics
+from ucm_sdk.proxy.metrics import HEALTHY, INSTANCE_RUNNING, ProxyMetrics
 from ucm_sdk.proxy.options import EngineOptions, InstanceOptions, Role, RoutingOptions
 from ucm_sdk.proxy.requests import ProxyError
 from ucm_sdk.proxy.routing import Candidate, SeenPrompts, choose
@@ -27,13 +28,24 @@ ROLES: Final[dict[Stage, frozenset[Role]]] = {
     "decode": frozenset({"decode", "both"}),
 }
 _OK: Final = 200
-_KEPT_CONNECTIONS: Final = 256
+_REQUESTS_PER_CLIENT: Final = 32
+_IDLE_PER_CLIENT: Final = 8
+"""For every request httpx's pool goes through all of its connections, and asks idle ones whether
+they are still open."""
+
+
+@dataclass(slots=True)
+class _Client:
+    client: httpx.AsyncClient
+    running: int = 0
 
 
 class Instance:
     """An engine's server."""
 
-    def __init__(self, options: InstanceOptions, engines: EngineOptions, verify: Any) -> None:
+    def __init__(
+        self, options: InstanceOptions, engines: EngineOptions, verify: ssl.SSLContext
+    ) -> None:
         """Know it; nothing is sent yet."""
         self.options = options
         self.healthy = False
@@ -42,18 +54,47 @@ class Instance:
         self.turn = 0
         self.error = "not asked yet"
         self.doubted = asyncio.Event()
+        self.bad_checks = 0
+        """In a row."""
         self.changed_at = time.time()
+        self._engines, self._verify = engines, verify
+        self._clients: list[_Client] = []
+        self.control = self._new_client()
+        """For what is not a client's request."""
+
+    @contextmanager
+    def client(self) -> Iterator[httpx.AsyncClient]:
+        """Count a request and yield what it is sent by."""
+        one = next((one for one in self._clients if one.running < _REQUESTS_PER_CLIENT), None)
+        if one is None:
+            one = _Client(self._new_client())
+            self._clients.append(one)
+        one.running += 1
+        self.running += 1
+        try:
+            yield one.client
+        finally:
+            one.running -= 1
+            self.running -= 1
+
+    async def close(self) -> None:
+        """Close all connections."""
+        for client in (self.control, *(one.client for one in self._clients)):
+            await client.aclose()
+
+    def _new_client(self) -> httpx.AsyncClient:
         headers = {"accept-encoding": "identity", "user-agent": "ucm-proxy"}
-        if options.api_key is not None:
-            headers["authorization"] = f"Bearer {options.api_key.get_secret_value()}"
-        self.client = httpx.AsyncClient(
-            base_url=options.url,
+        if self.options.api_key is not None:
+            headers["authorization"] = f"Bearer {self.options.api_key.get_secret_value()}"
+        timeout = httpx.Timeout(self._engines.idle_s, connect=self._engines.connect_s, pool=None)
+        return httpx.AsyncClient(
+            base_url=self.options.url,
             headers=headers,
-            verify=verify,
+            verify=self._verify,
             # The proxy decides whom it talks to, and not its environment.
             trust_env=False,
-            timeout=httpx.Timeout(engines.idle_s, connect=engines.connect_s, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=_KEPT_CONNECTIONS),
+            timeout=timeout,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=_IDLE_PER_CLIENT),
         )
 
     @property
@@ -94,9 +135,8 @@ class Instances:
         self._turn = 0
         self._changed = asyncio.Event()
         self._closing: set[asyncio.Task[None]] = set()
-        self._verify = (
-            ssl.create_default_context(cafile=str(engines.ca_file)) if engines.ca_file else True
-        )
+        authorities = str(engines.ca_file) if engines.ca_file else None
+        self._verify = ssl.create_default_context(cafile=authorities)
 
     def __iter__(self) -> Iterator[Instance]:
         """Go through them."""
@@ -126,10 +166,8 @@ class Instances:
         if (watcher := self._watchers.pop(name, None)) is not None:
             watcher.cancel()
         self._forget(instance)
-        labels = (name, instance.options.role)
-        for gauge in (self._metrics.healthy, self._metrics.instance_running):
-            with suppress(KeyError):
-                gauge.remove(*labels)
+        for gauge in (HEALTHY, INSTANCE_RUNNING):
+            self._metrics.forget(gauge, name, instance.options.role)
         self._changed.set()
         closing = asyncio.create_task(self._close(instance))
         self._closing.add(closing)
@@ -184,17 +222,14 @@ class Instances:
                 raise ProxyError(503, msg, retry_after_s=1) from None
 
     @contextmanager
-    def using(self, instance: Instance) -> Iterator[Instance]:
-        """Count a request as the instance's."""
-        labels = (instance.name, instance.options.role)
-        instance.running += 1
-        self._metrics.instance_running.labels(*labels).set(instance.running)
+    def using(self, instance: Instance) -> Iterator[httpx.AsyncClient]:
+        """Count a request as the instance's, and yield what it is sent by."""
         try:
-            yield instance
+            with instance.client() as client:
+                self._show_running(instance)
+                yield client
         finally:
-            instance.running -= 1
-            if instance.name in self._instances:
-                self._metrics.instance_running.labels(*labels).set(instance.running)
+            self._show_running(instance)
             self._changed.set()
 
     def failed(self, instance: Instance, error: Exception) -> None:
@@ -224,13 +259,18 @@ class Instances:
     async def _check(self, instance: Instance) -> None:
         try:
             async with asyncio.timeout(self._engines.health_timeout_s):
-                response = await instance.client.get(self._engines.health_path)
-        except (httpx.HTTPError, TimeoutError) as error:
+                response = await instance.control.get(instance.options.health_path)
+            fine = response.status_code == _OK
+            problem = "" if fine else f"the health check was answered with {response.status_code}"
+        except httpx.ConnectError as error:
             self._set(instance, healthy=False, error=describe(error))
             return
-        fine = response.status_code == _OK
-        problem = "" if fine else f"the health check was answered with {response.status_code}"
-        self._set(instance, healthy=fine, error=problem)
+        except (httpx.HTTPError, TimeoutError) as error:
+            fine, problem = False, f"the health check was not answered: {describe(error)}"
+        instance.bad_checks = 0 if fine else instance.bad_checks + 1
+        # A busy instance is late now and then.
+        enough = instance.bad_checks >= self._engines.health_failures
+        self._set(instance, healthy=fine or (instance.healthy and not enough), error=problem)
 
     def _set(self, instance: Instance, *, healthy: bool, error: str) -> None:
         if healthy != instance.healthy:
@@ -244,8 +284,12 @@ class Instances:
                 self._forget(instance)
         instance.healthy, instance.error = healthy, error
         if instance.name in self._instances:
+            self._metrics.set(HEALTHY, int(healthy), instance.name, instance.options.role)
+
+    def _show_running(self, instance: Instance) -> None:
+        if instance.name in self._instances:
             labels = (instance.name, instance.options.role)
-            self._metrics.healthy.labels(*labels).set(int(healthy))
+            self._metrics.set(INSTANCE_RUNNING, instance.running, *labels)
 
     def _forget(self, instance: Instance) -> None:
         for seen in self._seen.values():
@@ -255,7 +299,7 @@ class Instances:
         while instance.running:
             self._changed.clear()
             await self._changed.wait()
-        await instance.client.aclose()
+        await instance.close()
 
     async def close(self) -> None:
         """End the health checks and close all connections."""
@@ -265,7 +309,7 @@ class Instances:
             closing.cancel()
         await asyncio.gather(*self._watchers.values(), *self._closing, return_exceptions=True)
         for instance in self._instances.values():
-            await instance.client.aclose()
+            await instance.close()
 
 
 def describe(error: Exception | str) -> str:

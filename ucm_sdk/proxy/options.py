@@ -30,11 +30,14 @@ class InstanceOptions(Strict):
     url: str = pydantic.Field(pattern=r"^https?://[^\s/?#@]+/?$")
     """Where it listens, without a path."""
     role: Role = "both"
-    """``prefill`` computes prompts, ``decode`` answers, ``both`` answers by itself as well."""
+    """``prefill`` computes prompts for others; ``decode`` and ``both`` answer, and compute what no
+    other has."""
     api_key: Secret | None = None
     """What the engine's server asks of its clients."""
     max_running: int = pydantic.Field(default=256, ge=1)
     """Requests that it is given at a time."""
+    health_path: str = pydantic.Field(default="/health", pattern=r"^/\S*$")
+    """What is asked whether it is well; SGLang computes a token for ``/health``."""
 
 
 class RoutingOptions(Strict):
@@ -56,9 +59,13 @@ class LimitOptions(Strict):
     """What clients may ask of the proxy."""
 
     body_bytes: int = pydantic.Field(default=4 << 20, ge=1)
+    """The longest body."""
     headers: int = pydantic.Field(default=64, ge=1)
+    """The most headers of a request."""
     header_bytes: int = pydantic.Field(default=32 << 10, ge=256)
+    """How long all headers may be together."""
     connections: int = pydantic.Field(default=4096, ge=1)
+    """Connections that are open at a time."""
     running: int = pydantic.Field(default=1024, ge=1)
     """Requests that are served at a time."""
     waiting: int = pydantic.Field(default=1024, ge=0)
@@ -77,6 +84,7 @@ class EngineOptions(Strict):
     """How instances are dealt with."""
 
     connect_s: Seconds = 2.0
+    """How long a connection to an instance may take."""
     prefill_s: Seconds = 120.0
     """How long a prompt may take on a prefill instance."""
     idle_s: Seconds = 300.0
@@ -87,9 +95,13 @@ class EngineOptions(Strict):
     """How long to wait for the store to have a prompt's KV; after that it is computed again."""
     replay_bytes: int = pydantic.Field(default=4 << 20, ge=0)
     """Up to so much of a stream is remembered, to go on with it on another instance."""
-    health_path: str = pydantic.Field(default="/health", pattern=r"^/\S*$")
     health_every_s: Seconds = 2.0
-    health_timeout_s: Seconds = 2.0
+    """How often each instance is asked for its health."""
+    health_timeout_s: Seconds = 5.0
+    """How long that may take."""
+    health_failures: int = pydantic.Field(default=3, ge=1)
+    """Health checks in a row that are answered late, or badly, before an instance is left out; one
+    that takes no connection is left out at once."""
     ca_file: Path | None = None
     """Certificates of authorities that instances' certificates are checked against."""
 
@@ -98,17 +110,25 @@ class ProxyOptions(Strict):
     """The table ``proxy``."""
 
     host: str = "127.0.0.1"
+    """The address to listen on."""
     port: int = pydantic.Field(default=8080, ge=0, le=65535)
+    """The port to listen on; 0 for any that is free."""
     tls_certificate: Path | None = None
+    """A file with the certificate and its chain; without one, HTTP is served as it is."""
     tls_key: Path | None = None
+    """The certificate's key."""
     api_key: Secret | None = None
-    """What clients must send as a bearer token; None for everybody."""
+    """What clients must send as a bearer token; without one, everybody is served."""
     admin_key: Secret | None = None
-    """What registers, drains and removes instances; None for nobody."""
+    """What registers, drains and removes instances; without one, nobody does."""
     instances: tuple[InstanceOptions, ...] = ()
+    """The engines' servers; more can be registered while the proxy serves."""
     routing: RoutingOptions = RoutingOptions()
+    """Which of them gets a request."""
     limits: LimitOptions = LimitOptions()
+    """What clients may ask."""
     engines: EngineOptions = EngineOptions()
+    """How instances are dealt with."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
@@ -129,6 +149,7 @@ class ProxyConfig(Strict):
     """What ``ucm proxy serve`` reads."""
 
     proxy: ProxyOptions
+    """See below."""
     store: dict[str, Any] | None = None
     """The engines' store, as they have it; asked whether a prompt's KV is there."""
 

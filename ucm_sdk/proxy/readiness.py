@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, Literal, TypeAlias
 
 from ucm_sdk.availability import Breaker
-from ucm_sdk.errors import ArgumentError, UcmError
+from ucm_sdk.errors import ArgumentError
 from ucm_sdk.handoff import SavedBlocks
 from ucm_sdk.store import KVStoreBase, open_store
 
@@ -56,7 +56,7 @@ class Readiness:
             self._breaker.timed_out("lookup")
         except ArgumentError as error:
             logger.warning("an instance's answer: %s", error)
-        except UcmError as error:
+        except Exception as error:  # noqa: BLE001 - the answer can be given all the same
             logger.warning("the store was not asked: %s", error)
             self._breaker.failed("lookup")
         return "failed"

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: MIT
+"""Streams that are cut anywhere and gone on with."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ucm_sdk.proxy.streams import EventStream, StreamError
+
+
+def event(text: str, finish: str | None = None, name: str = "one", *, chat: bool = False) -> bytes:
+    place: dict[str, Any] = {"delta": {"content": text}} if chat else {"text": text}
+    choice = {"index": 0, **place, "finish_reason": finish}
+    return b"data: " + json.dumps({"id": name, "choices": [choice]}).encode() + b"\n\n"
+
+
+def stream(pieces: list[str], name: str, *, chat: bool = False) -> bytes:
+    parts = [event(piece, None, name, chat=chat) for piece in pieces]
+    usage = {"id": name, "choices": [], "usage": {"completion_tokens": len(pieces)}}
+    ends = [event("", "stop", name, chat=chat), b"data: " + json.dumps(usage).encode() + b"\n\n"]
+    return b"".join([*parts, *ends, b"data: [DONE]\n\n"])
+
+
+def text_of(data: bytes) -> tuple[str, list[str], set[str]]:
+    """Return the text, why it ended, and the names of the events."""
+    text, finishes, names = "", [], set()
+    for part in data.split(b"\n\n"):
+        if part.startswith(b"data: {"):
+            value = json.loads(part[6:])
+            names.add(value["id"])
+            for choice in value["choices"]:
+                text += choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+                finishes += [choice["finish_reason"]] if choice.get("finish_reason") else []
+    return text, finishes, names
+
+
+@given(st.data(), st.text(max_size=30), st.booleans())
+def test_whatever_is_cut_wherever(data: st.DataObject, text: str, chat: bool) -> None:
+    def cut(value, most: int) -> list:
+        edges = sorted(data.draw(st.lists(st.integers(0, len(value)), max_size=most)))
+        edges = [0, *edges, len(value)]
+        return [value[a:b] for a, b in itertools.pairwise(edges)]
+
+    passed, out = EventStream(1 << 20, repeatable=True), b""
+    for number in range(data.draw(st.integers(0, 3))):
+        sent = stream(cut(text, 5), f"stream {number}", chat=chat)
+        # It breaks before its end, in the middle of an event or not.
+        for part in cut(sent[: data.draw(st.integers(0, len(sent) - 15))], 5):
+            out += passed.feed(part)
+        assert not passed.done
+        passed.begin_again()
+    for part in cut(stream(cut(text, 5), "the last", chat=chat), 8):
+        out += passed.feed(part)
+    assert passed.done
+    found, finishes, names = text_of(out)
+    assert found == text
+    assert finishes == ["stop"]
+    assert len(names) == 1
+    assert out.endswith(b"data: [DONE]\n\n")
+    assert out.count(b"usage") >= 1
+
+
+def broken(*events: bytes, repeatable: bool = True) -> EventStream:
+    passed = EventStream(1 << 20, repeatable=repeatable)
+    passed.feed(b"".join(events))
+    return passed
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b'data: {"choices": [{"index": 0, "delta": {"tool_calls": [{"id": 1}]}}]}\n\n',
+        b'data: {"choices": [{"index": 0, "text": "x", "logprobs": {"tokens": ["x"]}}]}\n\n',
+        b'data: {"choices": [{"index": 1, "text": "x"}]}\n\n',
+        b'data: {"choices": [{"index": 0, "text": "x"}, {"index": 1, "text": "y"}]}\n\n',
+        b'data: {"error": {"message": "out of memory"}}\n\n',
+        b"data: {not JSON\n\n",
+        b"data: 3\n\n",
+    ],
+)
+def test_what_cannot_be_compared_is_not_gone_on_with(sent: bytes) -> None:
+    with pytest.raises(StreamError):
+        broken(sent).begin_again()
+    passed = broken(event("a"))
+    passed.begin_again()
+    with pytest.raises(StreamError):
+        passed.feed(event("a") + sent)
+
+
+def test_another_text_or_a_shorter_one() -> None:
+    for other in (event("ax"), event("b"), event("a", "stop")):
+        passed = broken(event("a"), event("b"))
+        passed.begin_again()
+        with pytest.raises(StreamError, match="another answer"):
+            passed.feed(other + event("b", "stop"))
+
+
+def test_not_repeatable() -> None:
+    passed = broken(event("a"), repeatable=False)
+    assert not passed.can_repeat
+    with pytest.raises(StreamError, match="cannot be repeated"):
+        passed.begin_again()
+
+
+def test_comments_are_passed_on() -> None:
+    passed = broken(b": still there\n\n", event("a"))
+    passed.begin_again()
+    assert passed.feed(b": still there\n\n") == b": still there\n\n"
+    assert passed.feed(event("a")) == b""
+    assert text_of(passed.feed(event("b")))[0] == "b"
+
+
+def test_events_without_end() -> None:
+    passed = EventStream(1 << 20, repeatable=True)
+    with pytest.raises(StreamError, match="an event of more than"):
+        for _ in range(1000):
+            passed.feed(b"a" * (1 << 16))
