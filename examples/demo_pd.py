@@ -198,12 +198,15 @@ def ask(port: int, prompt: str, seen: Counter[str]) -> dict[str, Any]:
     return found
 
 
-def ask_all(port: int, prompts: list[str], kill: Server | None = None) -> list[dict[str, Any]]:
-    """Ask everything at once; ``kill`` a server when clients have some tokens."""
+def ask_all(proxy: Server, prompts: list[str], kill: Server | None = None) -> list[dict[str, Any]]:
+    """Ask everything at once; ``kill`` a server when clients have tokens and it is at work."""
     seen: Counter[str] = Counter()
     with ThreadPoolExecutor(len(prompts)) as pool:
-        asked = [pool.submit(ask, port, prompt, seen) for prompt in prompts]
-        while kill is not None and seen["events"] < KILL_AFTER_EVENTS:
+        asked = [pool.submit(ask, proxy.port, prompt, seen) for prompt in prompts]
+        while kill is not None and (
+            seen["events"] < KILL_AFTER_EVENTS
+            or not metric(proxy, "ucm_proxy_instance_running", instance=kill.name)
+        ):
             time.sleep(0.01)
         if kill is not None:
             kill.kill()
@@ -307,17 +310,17 @@ def run(proxy: Server, servers: dict[str, Server]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     say(f"asking {REQUESTS} questions at once, through the proxy")
     prompts = make_prompts(1)
-    answers = ask_all(proxy.port, prompts)
-    found["all well"] = compare(answers, ask_all(prefill.port, prompts))
+    answers = ask_all(proxy, prompts)
+    found["all well"] = compare(answers, ask_all(prefill, prompts))
     found["ready_but_computed"] = not_reused(answers)
     say("the same, and vLLM's decode instance is killed")
     prompts = make_prompts(2)
-    answers = ask_all(proxy.port, prompts, kill=decode)
-    found["decode killed"] = compare(answers, ask_all(prefill.port, prompts))
+    answers = ask_all(proxy, prompts, kill=decode)
+    found["decode killed"] = compare(answers, ask_all(prefill, prompts))
     say("the same, and the prefill instance is killed")
     prompts = make_prompts(3)
-    answers = ask_all(proxy.port, prompts, kill=prefill)
-    found["prefill killed"] = compare(answers, ask_all(other.port, prompts))
+    answers = ask_all(proxy, prompts, kill=prefill)
+    found["prefill killed"] = compare(answers, ask_all(other, prompts))
     found["replayed"] = metric(proxy, "ucm_proxy_replayed_total")
     found["tried_again"] = sum(
         metric(proxy, "ucm_proxy_attempts_total", result=result)
