@@ -135,8 +135,10 @@ def test_a_decode_that_has_no_room_or_fails_is_tried_elsewhere(
         assert text_of(served.ask(f"{number}", stream=stream)) == right(f"{number}")
     two.status = status
     response = served.ask(stream=stream)
+    # What the last one said, as it said it.
     assert response.status_code == status
     assert "says no" in response.json()["error"]["message"]
+    assert response.headers["retry-after"] == "7"
 
 
 def test_nobody_answers(engines, proxy) -> None:
@@ -174,7 +176,78 @@ def test_a_stream_goes_on_with_another_instance(engines, proxy, after: int, chat
     assert [v["choices"][0].get("finish_reason") for v in values[:-1]][-1] == "length"
     assert sum(v["choices"][0].get("finish_reason") == "length" for v in values[:-1]) == 1
     assert len(two.asked) == 1
+    eventually(lambda: served.metric("ucm_proxy_requests_total", result="answered") == 1)
     assert served.metric("ucm_proxy_replayed_total") == (1 if after or chat else 0)
+
+
+@pytest.mark.parametrize("after", [0, 4])
+def test_an_error_in_a_stream_is_not_passed_on(engines, proxy, after: int) -> None:
+    one, two = engines("D1", "D2")
+    served = proxy({one: "decode", two: "decode"}, routing={"policy": "round_robin"})
+    one.error_after = after
+    assert text_of(served.ask("go on", stream=True)) == right("go on")
+    assert len(one.asked) == len(two.asked) == 1
+
+
+def test_a_broken_stream_that_nobody_has_room_for_ends_with_an_error(engines, proxy) -> None:
+    one, two = engines("D1", "D2")
+    instances = [{"name": e.name, "url": e.url, "max_running": 1} for e in (one, two)]
+    served = proxy(instances=instances, routing={"policy": "round_robin"}, limits={"queue_s": 0.3})
+    one.break_after, one.gap_s, two.delay_s = 5, 0.1, 3
+    with ThreadPoolExecutor(2) as pool:
+        breaking = pool.submit(served.ask, "go on", stream=True)
+        eventually(lambda: one.asked)
+        busy = pool.submit(served.ask, "something else")
+        response = breaking.result()
+        assert "as many requests as it may" in response.text
+        assert "[DONE]" not in response.text
+        busy.result()
+    assert served.metric("ucm_proxy_requests_total", result="broken") == 1
+
+
+def test_nothing_is_computed_for_nobody(engines, proxy) -> None:
+    one, other = engines("P", "D")
+    served = proxy({one: "prefill", other: "decode"})
+    other.die()
+    eventually(lambda: served.ask().status_code == 503)
+    asked = len(one.asked)
+    assert served.ask().status_code == 503
+    assert len(one.asked) == asked
+
+
+def test_a_whole_answer_that_takes_too_long_is_not_asked_for_again(engines, proxy) -> None:
+    one, two, first = engines("D1", "D2", "P")
+    roles = {one: "decode", two: "decode", first: "prefill"}
+    served = proxy(roles, engines={"idle_s": 0.5})
+    one.delay_s = two.delay_s = 2
+    # That limit is not one of prefill.
+    first.delay_s = 1
+    assert served.ask().status_code == 504
+    assert len(one.asked) + len(two.asked) == 1
+    assert served.metric("ucm_proxy_attempts_total", result="ok", stage="prefill") == 1
+
+
+def test_a_long_prefill_takes_nothing_from_the_patience_with_decode(engines, proxy) -> None:
+    one, other = engines("P", "D")
+    instances = [
+        {"name": "P", "url": one.url, "role": "prefill"},
+        {"name": "D", "url": other.url, "role": "decode", "max_running": 1},
+    ]
+    served = proxy(instances=instances, limits={"queue_s": 1})
+    one.delay_s, other.delay_s = 1.2, 0.7
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(served.ask, f"{number}") for number in range(2)]
+        assert [one.result().status_code for one in asked] == [200, 200]
+
+
+def test_connections_of_streams_are_used_again(engines, proxy) -> None:
+    (one,) = engines("D")
+    served = proxy({one: "decode"})
+    one.end_s = 0.05
+    for number in range(10):
+        served.ask(f"{number}", stream=True)
+        eventually(lambda: not served.metric("ucm_proxy_running"))
+    assert len(one.ports) == 1
 
 
 @pytest.mark.parametrize(
@@ -229,7 +302,7 @@ def test_fifty_streams_survive_the_death_of_an_instance(engines, proxy) -> None:
         one.die()
         for prompt, response in zip(prompts, asked, strict=True):
             assert text_of(response.result()) == right(prompt, 20)
-    assert served.metric("ucm_proxy_requests_total", result="answered") == 50
+    eventually(lambda: served.metric("ucm_proxy_requests_total", result="answered") == 50)
     assert served.metric("ucm_proxy_replayed_total") > 0
 
 
@@ -301,6 +374,15 @@ def test_instances_come_and_go(engines, proxy) -> None:
         assert bad.status_code == 400
         assert "url" in bad.json()["error"]["message"]
         assert admin.post("/instances", content=b"[1]").status_code == 400
+        for wrong in (
+            {"url": "http://h:abc"},
+            {"url": "http://[::1"},
+            {"url": "http://h", "api_key": "é"},
+            {"url": one.url, "health_path": "/h\0"},
+        ):
+            assert admin.post("/instances", json={"name": "D3", **wrong}).status_code == 400
+        assert admin.post("/instances", json={"name": "D3", "url": one.url}).status_code == 201
+        assert admin.delete("/instances/D3").status_code == 204
         admin.post("/instances", json={"name": "D2", "url": two.url})
         assert admin.post("/instances/D1/drain").json()["draining"]
         for number in range(4):
@@ -319,12 +401,20 @@ def test_what_an_instance_does_goes_on_when_it_is_removed(engines, proxy) -> Non
     (one,) = engines("D")
     served = proxy({one: "decode"})
     one.gap_s = 0.1
-    with ThreadPoolExecutor(1) as pool, served.client(ADMIN) as admin:
-        asked = pool.submit(served.ask, "x", stream=True)
-        eventually(lambda: one.asked)
+    with ThreadPoolExecutor(2) as pool, served.client(ADMIN) as admin:
+        asked = pool.submit(served.ask, "x", stream=True, max_tokens=20)
+        short = pool.submit(served.ask, "x", stream=True, max_tokens=8)
+        eventually(lambda: len(one.asked) == 2)
         assert admin.delete("/instances/D").status_code == 204
         assert served.ask().status_code == 503
-        assert text_of(asked.result()) == right("x")
+        # Another one of its name is counted by itself.
+        admin.post("/instances", json={"name": "D", "url": one.url, "role": "decode"})
+        assert text_of(short.result()) == right("x")
+        eventually(lambda: served.metric("ucm_proxy_running") == 1)
+        assert served.metric("ucm_proxy_instance_running", instance="D", role="decode") == 0
+        assert text_of(asked.result()) == right("x", 20)
+    eventually(lambda: not served.metric("ucm_proxy_running"))
+    assert served.metric("ucm_proxy_instance_running", instance="D", role="decode") == 0
 
 
 def test_an_unhealthy_instance_gets_nothing_until_it_is_well(engines, proxy) -> None:

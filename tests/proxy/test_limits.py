@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -14,8 +15,11 @@ from typing import Any
 import httpx
 import pytest
 import trustme
+from uvicorn.server import ServerState
 
 from proxy_harness import ADMIN
+from ucm_sdk.proxy.options import ProxyConfig
+from ucm_sdk.proxy.server import make_server
 
 SECRET = "client's"
 
@@ -107,6 +111,131 @@ def test_many_headers(engines, proxy, connect, count: int, status: int) -> None:
     connection.sendall(request(body, *(f"x-{n}: y" for n in range(count - 1))))
     assert connection.recv(65536).split()[1] == str(status).encode()
     assert len(one.asked) == (status == 200)
+
+
+def test_headers_that_are_too_long_in_one_piece(engines, proxy, connect) -> None:
+    (one,) = engines("D")
+    served = proxy({one: "decode"}, limits={"header_bytes": 1024})
+    connection = connect(served)
+    connection.sendall(request(b'{"prompt": "x"}', "x-long: " + "a" * 2000))
+    assert connection.recv(65536).split()[1] == b"431"
+    assert not one.asked
+
+
+def test_the_next_request_before_the_answer(engines, proxy, connect) -> None:
+    (one,) = engines("D")
+    one.gap_s = 0.2
+    served = proxy({one: "decode"}, limits={"header_s": 0.5})
+    connection = connect(served)
+    connection.sendall(request(b'{"prompt": "x", "stream": true}'))
+    assert connection.recv(1024)
+    connection.sendall(b"GET /health HTTP/1.1\r\nx-long: ")
+    assert closed_after(connection) < 2
+    deadline = time.monotonic() + 5
+    while one.answering:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_headers_behind_a_body(engines, proxy, connect) -> None:
+    (one,) = engines("D")
+    served = proxy({one: "decode"}, api_key=SECRET)
+    connection = connect(served)
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    body = b'f\r\n{"prompt": "x"}\r\n0\r\n'
+    connection.sendall(head + body + f"authorization: Bearer {SECRET}\r\n\r\n".encode())
+    assert b"200 OK" not in connection.recv(65536)
+    assert not one.asked
+
+
+def test_more_connections_than_may_be_open(engines, proxy, connect) -> None:
+    (one,) = engines("D")
+    served = proxy({one: "decode"}, limits={"connections": 3})
+    some = [connect(served) for _ in range(3)]
+    assert closed_after(connect(served)) < 2
+    some[0].close()
+    deadline = time.monotonic() + 5
+    while len(served.server.server_state.connections) > 2:
+        assert time.monotonic() < deadline
+    assert served.ask().status_code == 200
+
+
+def test_bodies_that_fill_the_memory(engines, proxy, connect) -> None:
+    (one,) = engines("D")
+    served = proxy({one: "decode"}, limits={"body_memory_bytes": 100_000})
+    some = [connect(served) for _ in range(4)]
+    for connection in some:
+        connection.sendall(request(b"a" * 30_000, length=60_000))
+    assert b" 503 " in some[-1].recv(1024)
+    for connection in some:
+        connection.close()
+    deadline = time.monotonic() + 5
+    while served.server.server_state.connections:
+        assert time.monotonic() < deadline
+    # What they held is free again.
+    later = connect(served)
+    body = json.dumps({"prompt": "x" * 80_000}).encode()
+    later.sendall(request(body)[:70_000])
+    time.sleep(0.1)
+    later.sendall(request(body)[70_000:])
+    assert b" 200 " in later.recv(1024)
+
+
+class Transport(asyncio.Transport):
+    """A connection whose client takes as much as a test says."""
+
+    def __init__(self, left: list[int]) -> None:
+        super().__init__()
+        self.left, self.written, self.aborted = left, b"", False
+
+    def get_write_buffer_size(self) -> int:
+        return self.left.pop(0) if len(self.left) > 1 else self.left[0]
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def is_closing(self) -> bool:
+        return self.aborted
+
+    def abort(self) -> None:
+        self.aborted = True
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+
+@pytest.mark.parametrize(("left", "aborted"), [([9, 9], True), ([9, 5, 2, 0], False)])
+def test_a_client_that_leaves_the_end_of_an_answer(left: list[int], aborted: bool) -> None:
+    async def run() -> Transport:
+        options = {"admin_key": ADMIN, "limits": {"write_s": 0.05}}
+        config = make_server(ProxyConfig.model_validate({"proxy": options})).config
+        config.load()
+        protocol = config.http_protocol_class(config, ServerState(), {})
+        transport = Transport(left)
+        protocol.connection_made(transport)
+        protocol.data_received(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")
+        await asyncio.sleep(0.5)
+        assert transport.written.startswith(b"HTTP/1.1 200")
+        protocol.connection_lost(ConnectionError())
+        return transport
+
+    assert asyncio.run(run()).aborted == aborted
+
+
+def test_a_client_that_is_slow_and_steady(engines, proxy, connect) -> None:
+    (one,) = engines("D")
+    served = proxy({one: "decode"}, limits={"write_s": 1})
+    slow = connect(served)
+    body = {"prompt": "x", "max_tokens": 600_000}
+    slow.sendall(request(json.dumps(body).encode(), "connection: close"))
+    size, began = 0, time.monotonic()
+    while part := slow.recv(100_000):
+        size += len(part)
+        time.sleep(0.05)
+    assert time.monotonic() - began > 2
+    assert size > 5_000_000
+    assert served.metric("ucm_proxy_requests_total", result="answered") == 1
 
 
 @pytest.mark.parametrize("announced", [True, False])

@@ -144,7 +144,7 @@ def test_a_store_that_hangs_is_left_alone(
     monkeypatch.setattr(module, "_CALL_S", 0.1)
     goes_on = threading.Event()
     readiness = Readiness(options, wait_s=5)
-    monkeypatch.setattr(readiness, "_found", lambda _: goes_on.wait(20))
+    monkeypatch.setattr(readiness, "_look_up", lambda _: goes_on.wait(20))
     began = time.monotonic()
     assert ask(readiness, saved.to_params()) == "failed"
     assert time.monotonic() - began < 2
@@ -153,6 +153,29 @@ def test_a_store_that_hangs_is_left_alone(
     assert ask(readiness, saved.to_params()) == "failed"
     assert time.monotonic() - began < 0.05
     goes_on.set()
+    readiness.close()
+
+
+def test_many_wait_at_a_time(
+    options: dict[str, Any], saved: SavedBlocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readiness = Readiness(options, wait_s=5)
+    store = readiness._store
+
+    def slow(one: SavedBlocks) -> KVStoreBase:
+        time.sleep(0.003)
+        return store(one)
+
+    monkeypatch.setattr(readiness, "_store", slow)
+
+    async def all_of_them() -> list[str]:
+        return await asyncio.gather(*(readiness.wait(saved.to_params()) for _ in range(400)))
+
+    with engine_store(options) as engine:
+        dump(engine, IDS)
+        # Together they take longer than a call of a store that works.
+        assert set(asyncio.run(all_of_them())) == {"ready"}
+        assert readiness._breaker.closed
     readiness.close()
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ucm_sdk.proxy.streams import EventStream, StreamError
+from ucm_sdk.proxy.streams import EventStream, StreamError, UnrepeatableError
 
 
 def event(text: str, finish: str | None = None, name: str = "one", *, chat: bool = False) -> bytes:
@@ -63,7 +63,7 @@ def test_whatever_is_cut_wherever(data: st.DataObject, text: str, chat: bool) ->
     assert finishes == ["stop"]
     assert len(names) == 1
     assert out.endswith(b"data: [DONE]\n\n")
-    assert out.count(b"usage") >= 1
+    assert out.count(b"usage") == 1
 
 
 def broken(*events: bytes, repeatable: bool = True) -> EventStream:
@@ -78,6 +78,7 @@ def broken(*events: bytes, repeatable: bool = True) -> EventStream:
         b'data: {"choices": [{"index": 0, "delta": {"tool_calls": [{"id": 1}]}}]}\n\n',
         b'data: {"choices": [{"index": 0, "text": "x", "logprobs": {"tokens": ["x"]}}]}\n\n',
         b'data: {"choices": [{"index": 1, "text": "x"}]}\n\n',
+        b'data: {"choices": [{"index": 0, "text": "x", "token_ids": [1]}]}\n\n',
         b'data: {"choices": [{"index": 0, "text": "x"}, {"index": 1, "text": "y"}]}\n\n',
         b'data: {"error": {"message": "out of memory"}}\n\n',
         b"data: {not JSON\n\n",
@@ -86,7 +87,7 @@ def broken(*events: bytes, repeatable: bool = True) -> EventStream:
 )
 def test_what_cannot_be_compared_is_not_gone_on_with(sent: bytes) -> None:
     with pytest.raises(StreamError):
-        broken(sent).begin_again()
+        broken(sent).begin_again()  # or when it is passed on
     passed = broken(event("a"))
     passed.begin_again()
     with pytest.raises(StreamError):
@@ -94,18 +95,59 @@ def test_what_cannot_be_compared_is_not_gone_on_with(sent: bytes) -> None:
 
 
 def test_another_text_or_a_shorter_one() -> None:
-    for other in (event("ax"), event("b"), event("a", "stop")):
+    shorter = event("a") + b"data: [DONE]\n\n"
+    for other in (event("ax"), event("b"), event("a", "stop"), shorter):
         passed = broken(event("a"), event("b"))
         passed.begin_again()
-        with pytest.raises(StreamError, match="another answer"):
+        with pytest.raises(UnrepeatableError, match="another answer"):
             passed.feed(other + event("b", "stop"))
+    for other in (event("ab", "stop"), event("a", "length")):
+        passed = broken(event("a", "stop"))
+        passed.begin_again()
+        with pytest.raises(UnrepeatableError, match="another answer"):
+            passed.feed(other)
 
 
 def test_not_repeatable() -> None:
     passed = broken(event("a"), repeatable=False)
-    assert not passed.can_repeat
-    with pytest.raises(StreamError, match="cannot be repeated"):
+    with pytest.raises(UnrepeatableError, match="cannot be repeated"):
         passed.begin_again()
+
+
+def test_what_the_client_has_nothing_of_may_begin_anew() -> None:
+    passed = broken(event("half")[:20], repeatable=False)
+    passed.begin_again()
+    assert text_of(passed.feed(event("whole")))[0] == "whole"
+
+
+@pytest.mark.parametrize("error", [{"error": {"message": "dead"}}, {"object": "error"}])
+def test_an_error_in_the_stream_is_not_an_answer(error: dict[str, Any]) -> None:
+    passed = broken(event("a"), event("an error that is only text"))
+    with pytest.raises(StreamError, match="gave up"):
+        passed.feed(b"data: " + json.dumps(error).encode() + b"\n\ndata: [DONE]\n\n")
+    assert not passed.done
+
+
+def test_lines_of_other_systems() -> None:
+    passed, out = EventStream(100, repeatable=True), b""
+    data = event("a").replace(b"\n", b"\r\n") + b"data:[DONE]\r\n\r\n"
+    for first in range(len(data)):
+        out += passed.feed(data[first : first + 1])
+    assert text_of(out)[0] == "a"
+    assert passed.done
+
+
+def test_what_is_said_once_is_said_once() -> None:
+    role = b'data: {"id": "2", "choices": [{"index": 0, "delta": {"role": "assistant"}}]}\n\n'
+    usage = b'data: {"id": "1", "choices": [], "usage": {"completion_tokens": 1}}\n\n'
+    passed = broken(b": still there\n\n")
+    passed.begin_again()
+    assert b"assistant" in passed.feed(role)
+    assert passed.feed(event("a", chat=True))
+    passed = broken(role, event("a", "stop", chat=True), usage)
+    passed.begin_again()
+    again = passed.feed(role + event("a", "stop", chat=True) + usage + b"data: [DONE]\n\n")
+    assert again == b"data: [DONE]\n\n"
 
 
 def test_comments_are_passed_on() -> None:

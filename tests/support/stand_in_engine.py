@@ -72,11 +72,17 @@ class StandInEngine(Served):
         """Before the first event, or the whole answer."""
         self.gap_s = 0.0
         """Between events."""
+        self.end_s = 0.0
+        """Between the last event and the end of the response."""
         self.break_after: int | None = None
         """Events after which the connection is cut."""
+        self.error_after: int | None = None
+        """Events after which it says that it gives up."""
         self.other_answer = False
         self.params: dict[str, Any] | None = None
         self.asked: list[tuple[str, dict[str, Any], dict[str, str]]] = []
+        self.ports: set[int] = set()
+        """From which it was asked."""
         self.abandoned = 0
         """Streams whose client has gone."""
         self.ended = 0
@@ -118,9 +124,13 @@ class StandInEngine(Served):
 
     async def _complete(self, request: Request) -> Response:
         body = await request.json()
+        self.ports.add(request.client.port)
         self.asked.append((request.url.path, body, dict(request.headers)))
         if self.status != 200:
-            return JSONResponse({"error": {"message": f"{self.name} says no"}}, self.status)
+            later = {"retry-after": "7"}
+            return JSONResponse(
+                {"error": {"message": f"{self.name} says no"}}, self.status, headers=later
+            )
         pieces = answer_to(body)
         if self.other_answer:
             pieces = [piece.upper() + "?" for piece in pieces]
@@ -160,6 +170,9 @@ class StandInEngine(Served):
                     for connection in list(self.server.server_state.connections):
                         connection.transport.abort()
                     return
+                if number == self.error_after:
+                    yield 'data: {"error": {"message": "EngineCore died"}}\n\ndata: [DONE]\n\n'
+                    return
                 finish = "length" if number == len(pieces) - 1 else None
                 value = {**named, "choices": [self._choice(body, piece, finish)]}
                 # Not ASCII on the wire: events are cut anywhere.
@@ -170,6 +183,7 @@ class StandInEngine(Served):
                 usage = {"completion_tokens": len(pieces)}
                 yield f"data: {json.dumps({**named, 'choices': [], 'usage': usage})}\n\n"
             yield "data: [DONE]\n\n"
+            await asyncio.sleep(self.end_s)
             self.ended += 1
         except (asyncio.CancelledError, GeneratorExit):
             self.abandoned += 1

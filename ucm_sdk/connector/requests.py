@@ -46,6 +46,7 @@ class Save:
     request: str
     first: int
     """Index of its first block in the request."""
+    ids: tuple[bytes, ...]
     blocks: tuple[int, ...]
     ranks_left: int
     started: float

@@ -220,7 +220,7 @@ class SchedulerSide:
         self._serial += 1
         plan = SavePlan(self._serial, tuple(ids), tuple(blocks))
         # Of no request, and in memory that nobody reuses meanwhile.
-        self._saving[plan.serial] = Save("", 0, (), self._ranks, time.monotonic())
+        self._saving[plan.serial] = Save("", 0, plan.ids, (), self._ranks, time.monotonic())
         return plan
 
     def update(self, report: WorkerReport) -> None:
@@ -280,12 +280,10 @@ class SchedulerSide:
         return tuple(self._requests[id].chain.ids[first:last])
 
     def saving_blocks(self, id: str) -> SavedBlocks:
-        """Return the blocks of a request whose saves no worker has reported as ended."""
-        chain = self._requests[id].chain.ids
-        spans = ((one.first, len(one.blocks)) for one in self._saving.values() if one.request == id)
-        ids = [block for first, count in sorted(spans) for block in chain[first : first + count]]
-        layout = self._store.context.layout
-        return SavedBlocks(self._namespace, layout.canonical(), tuple(ids))
+        """Return the blocks of a request that are being saved, for whichever request."""
+        saving = {block for save in self._saving.values() for block in save.ids}
+        ids = tuple(block for block in self._requests[id].chain.ids if block in saving)
+        return SavedBlocks(self._namespace, self._store.context.layout.canonical(), ids)
 
     def finished(self, id: str) -> None:
         """Forget a request; its saves go on."""
@@ -424,7 +422,7 @@ class SchedulerSide:
         self._serial += 1
         blocks = tuple(step.blocks[first:full])
         plan = SavePlan(self._serial, tuple(request.chain.ids[first:full]), blocks)
-        saves[plan] = Save(step.id, first, blocks, self._ranks, time.monotonic())
+        saves[plan] = Save(step.id, first, plan.ids, blocks, self._ranks, time.monotonic())
 
     def _ended_save(self, serial: int, ranks: int) -> None:
         save = self._saving.get(serial)

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ucm_sdk import config
 from ucm_sdk.errors import ConfigError
-from ucm_sdk.proxy.exchange import Exchange
+from ucm_sdk.proxy.exchange import Answer, Exchange
 from ucm_sdk.proxy.instances import Instances, describe
 from ucm_sdk.proxy.metrics import REQUESTS, ProxyMetrics
 from ucm_sdk.proxy.options import InstanceOptions, LimitOptions, ProxyConfig
@@ -32,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 ABORT: Final = "ucm.abort"
 """In a scope's extensions: what closes the connection at once, with whatever is not sent yet."""
+_SLICE: Final = 64 << 10
+_DISCARD_BYTES: Final = 16 << 20
+_DISCARD_S: Final = 1.0
+"""How long, and how much of, a request is read that is refused."""
 _OPEN_PATHS: Final = frozenset({"/health", "/metrics"})
 _ADMIN_PATH: Final = "/instances"
 
@@ -48,23 +52,38 @@ class ConnectedClient:
         self._abort: Callable[[], None] | None = scope.get("extensions", {}).get(ABORT)
         self._asgi_send = send
         self._write_s = write_s
-        self.started = False
+        self.started = self.ended = False
 
     async def start(self, status: int, content_type: str) -> None:
-        """Begin an answer."""
-        self.started = True
-        headers = [(b"content-type", content_type.encode("latin-1", "replace"))]
-        if content_type.startswith("text/event-stream"):
-            headers.append((b"cache-control", b"no-cache"))
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        """Begin a stream."""
+        await self._start(status, content_type, [(b"cache-control", b"no-cache")])
 
     async def write(self, data: bytes) -> None:
         """Send some of it."""
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        for first in range(0, len(data), _SLICE):
+            part = data[first : first + _SLICE]
+            await self._send({"type": "http.response.body", "body": part, "more_body": True})
 
     async def end(self) -> None:
         """End it."""
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        self.ended = True
+
+    async def give(self, answer: Answer) -> None:
+        """Send a whole answer."""
+        headers = [(b"content-length", str(len(answer.body)).encode())]
+        if answer.retry_after is not None:
+            headers.append((b"retry-after", _header(answer.retry_after)))
+        await self._start(answer.status, answer.content_type, headers)
+        await self.write(answer.body)
+        await self.end()
+
+    async def _start(
+        self, status: int, content_type: str, headers: list[tuple[bytes, bytes]]
+    ) -> None:
+        self.started = True
+        headers = [(b"content-type", _header(content_type)), *headers]
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def _send(self, message: dict[str, Any]) -> None:
         try:
@@ -73,32 +92,81 @@ class ConnectedClient:
         except TimeoutError:
             if self._abort is not None:
                 self._abort()
-            msg = f"a client took nothing for {self._write_s:g} s"
+            msg = f"a client was too slow for {self._write_s:g} s"
             raise TooSlowError(msg) from None
+
+
+def _header(text: str) -> bytes:
+    return text.encode("latin-1", "replace")
+
+
+class Bodies:
+    """Reads bodies, within a time and within so much memory for all together."""
+
+    def __init__(self, limits: LimitOptions) -> None:
+        """Begin with none."""
+        self._limits = limits
+        self._held = 0
+
+    async def read(self, scope: Scope, receive: Receive) -> bytes:
+        """Return a request's body; raises ``ProxyError`` for one that is too long or too slow.
+
+        Raises ``ConnectionError`` when the client goes.
+        """
+        announced = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
+        if not announced.isdigit() or int(announced) > self._limits.body_bytes:
+            raise self._too_long()
+        parts: list[bytes] = []
+        try:
+            async with asyncio.timeout(self._limits.body_s):
+                return await self._all(receive, parts)
+        except TimeoutError:
+            msg = f"the body did not come within {self._limits.body_s:g} s"
+            raise ProxyError(408, msg) from None
+        finally:
+            self._held -= sum(map(len, parts))
+
+    async def _all(self, receive: Receive, parts: list[bytes]) -> bytes:
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                msg = "the client has gone"
+                raise ConnectionError(msg)
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            self._held += len(parts[-1])
+            if size > self._limits.body_bytes:
+                raise self._too_long()
+            if not message.get("more_body", False):
+                return b"".join(parts)
+            if self._held > self._limits.body_memory_bytes:
+                raise ProxyError(503, "too many bodies are coming; ask later", retry_after_s=1)
+
+    def _too_long(self) -> ProxyError:
+        return ProxyError(413, f"the body is longer than {self._limits.body_bytes} bytes")
 
 
 class Completions:
     """The endpoint that instances answer."""
 
-    def __init__(self, exchange: Exchange, limits: LimitOptions, metrics: ProxyMetrics) -> None:
+    def __init__(
+        self, exchange: Exchange, bodies: Bodies, limits: LimitOptions, metrics: ProxyMetrics
+    ) -> None:
         """Serve by an exchange."""
         self._exchange = exchange
+        self._bodies = bodies
         self._limits = limits
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; ends what was begun for it when the client goes."""
         client = ConnectedClient(scope, send, self._limits.write_s)
-        if scope["method"] != "POST":
-            response = refusal(ProxyError(405, f"{scope['method']}: POST a request"))
-            await response(scope, receive, send)
-            return
         try:
-            body = await _read_body(scope, receive, self._limits)
-            ask = Ask.parse(scope["path"], body)
+            ask = await self._read(scope, receive)
         except ProxyError as error:
             self._metrics.count(REQUESTS, "refused")
-            await refusal(error, close=True)(scope, receive, send)
+            await refuse(error, scope, receive, send)
             return
         except ConnectionError:
             self._metrics.count(REQUESTS, "cancelled")
@@ -107,6 +175,9 @@ class Completions:
         gone = asyncio.create_task(_gone(receive))
         try:
             await asyncio.wait({answering, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if client.ended:
+                # It has everything, and may go; what is left to do is the instance's.
+                await asyncio.wait({answering})
         finally:
             gone.cancel()
             left = not answering.done()
@@ -117,6 +188,11 @@ class Completions:
             return
         await self._finish(answering, client, scope, receive, send)
 
+    async def _read(self, scope: Scope, receive: Receive) -> Ask:
+        if scope["method"] != "POST":
+            raise ProxyError(405, f"{scope['method']}: POST a request")
+        return Ask.parse(scope["path"], await self._bodies.read(scope, receive))
+
     async def _finish(
         self,
         answering: asyncio.Task[str],
@@ -125,20 +201,21 @@ class Completions:
         receive: Receive,
         send: Send,
     ) -> None:
+        problem: ProxyError | None = None
         try:
             result = answering.result()
         except ProxyError as error:
-            result = "failed"
-            await refusal(error)(scope, receive, send)
+            result, problem = "failed", error
         except TooSlowError as error:
             result = "too_slow"
             logger.warning("%s", error)
         except Exception as error:
-            result = "failed"
+            result, problem = "failed", ProxyError(500, describe(error))
             logger.exception("a request failed")
-            if not client.started:
-                await refusal(ProxyError(500, describe(error)))(scope, receive, send)
         self._metrics.count(REQUESTS, result)
+        # What has begun cannot be taken back: the connection is cut.
+        if problem is not None and not client.started:
+            await refusal(problem)(scope, receive, send)
 
 
 class Keys:
@@ -158,7 +235,7 @@ class Keys:
         changes = scope["path"].startswith(_ADMIN_PATH) and scope["method"] not in {"GET", "HEAD"}
         if changes and self._admin_key is None:
             error = ProxyError(403, "instances cannot be changed: proxy.admin_key is not set")
-            await refusal(error, close=True)(scope, receive, send)
+            await refuse(error, scope, receive, send)
             return
         accepted = [self._admin_key] if changes else [self._api_key, self._admin_key]
         given = next((v for k, v in scope["headers"] if k == b"authorization"), b"")
@@ -170,17 +247,17 @@ class Keys:
             await self._app(scope, receive, send)
             return
         error = ProxyError(401, "a key is needed: send it as 'Authorization: Bearer KEY'")
-        await refusal(error, close=True)(scope, receive, send)
+        await refuse(error, scope, receive, send)
 
 
 class Operators:
     """The endpoints that say how the proxy is, and change its instances."""
 
-    def __init__(self, instances: Instances, metrics: ProxyMetrics, limits: LimitOptions) -> None:
+    def __init__(self, instances: Instances, bodies: Bodies, metrics: ProxyMetrics) -> None:
         """Show and change these."""
         self._instances = instances
+        self._bodies = bodies
         self._metrics = metrics
-        self._limits = limits
 
     async def health(self, _: Request) -> Response:
         """Say whether completions can be answered."""
@@ -193,8 +270,7 @@ class Operators:
 
     async def models(self, _: Request) -> Response:
         """Return what an instance says of its models."""
-        now = asyncio.get_running_loop().time()
-        instance = await self._instances.pick("decode", (), (), now)
+        instance = self._instances.one_of("decode")
         if instance is None:
             raise no_instance()
         try:
@@ -210,10 +286,10 @@ class Operators:
 
     async def add(self, request: Request) -> Response:
         """Register an instance."""
-        body = await _read_body(request.scope, request.receive, self._limits)
         try:
+            body = await self._bodies.read(request.scope, request.receive)
             checked = config.parse(InstanceOptions, dict(json.loads(body)), where="instance")
-        except (ValueError, TypeError, RecursionError, ConfigError) as error:
+        except (ConnectionError, ValueError, TypeError, RecursionError, ConfigError) as error:
             raise ProxyError(400, str(error)) from error
         return JSONResponse((await self._instances.add(checked)).describe(), 201)
 
@@ -235,8 +311,9 @@ def make_app(options: ProxyConfig) -> Starlette:
     instances = Instances(proxy.routing, proxy.engines, metrics)
     readiness = Readiness(options.store, wait_s=proxy.engines.ready_s)
     exchange = Exchange(proxy, instances, readiness, metrics)
-    completions = Completions(exchange, proxy.limits, metrics)
-    operators = Operators(instances, metrics, proxy.limits)
+    bodies = Bodies(proxy.limits)
+    completions = Completions(exchange, bodies, proxy.limits, metrics)
+    operators = Operators(instances, bodies, metrics)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -283,29 +360,18 @@ def refusal(error: ProxyError, *, close: bool = False) -> Response:
     return JSONResponse(error_body(error.status, str(error)), error.status, headers=headers)
 
 
-async def _read_body(scope: Scope, receive: Receive, limits: LimitOptions) -> bytes:
-    """Return a request's body; raises ``ProxyError`` for one that is too long or too slow."""
-    too_long = ProxyError(413, f"the body is longer than {limits.body_bytes} bytes")
-    announced = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
-    if not announced.isdigit() or int(announced) > limits.body_bytes:
-        raise too_long
-    parts, size = [], 0
-    try:
-        async with asyncio.timeout(limits.body_s):
-            while True:
+async def refuse(error: ProxyError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with an error before the request was read."""
+    # A client that writes everything first would be cut off and not see why.
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARD_S):
+            left = _DISCARD_BYTES
+            while left > 0:
                 message = await receive()
-                if message["type"] != "http.request":
-                    msg = "the client has gone"
-                    raise ConnectionError(msg)
-                parts.append(message.get("body", b""))
-                size += len(parts[-1])
-                if size > limits.body_bytes:
-                    raise too_long
-                if not message.get("more_body", False):
-                    return b"".join(parts)
-    except TimeoutError:
-        msg = f"the body did not come within {limits.body_s:g} s"
-        raise ProxyError(408, msg) from None
+                if message["type"] != "http.request" or not message.get("more_body", False):
+                    break
+                left -= len(message.get("body", b""))
+    await refusal(error, close=True)(scope, receive, send)
 
 
 async def _gone(receive: Receive) -> None:

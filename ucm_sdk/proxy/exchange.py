@@ -6,8 +6,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -18,16 +18,15 @@ from ucm_sdk.proxy.metrics import (
     ATTEMPTS,
     READINESS,
     REPLAYED,
-    RUNNING,
     STAGE_SECONDS,
-    WAITING,
     ProxyMetrics,
 )
 from ucm_sdk.proxy.options import ProxyOptions
 from ucm_sdk.proxy.readiness import Readiness
 from ucm_sdk.proxy.requests import Ask, ProxyError, error_body, no_instance
 from ucm_sdk.proxy.routing import pieces
-from ucm_sdk.proxy.streams import EventStream, StreamError
+from ucm_sdk.proxy.streams import EventStream, StreamError, UnrepeatableError
+from ucm_sdk.proxy.turns import Gate
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +35,27 @@ _FAILED: Final = 500
 _REFUSED: Final = 400
 _EVENTS: Final = "text/event-stream"
 _JSON: Final = "application/json"
+_SENT: Final = {"content-type": _JSON}
+_END_S: Final = 1.0
+"""How long the end of a response may take after its last event."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An instance's, whole."""
+
+    status: int
+    content_type: str
+    body: bytes
+    retry_after: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    said: ProxyError | Answer
+    """What the client is told if nobody answers better."""
+    final: bool = False
+    """Whether nobody will."""
 
 
 class Client(Protocol):
@@ -46,7 +66,7 @@ class Client(Protocol):
         """Whether an answer has begun."""
 
     async def start(self, status: int, content_type: str) -> None:
-        """Begin an answer."""
+        """Begin a stream."""
 
     async def write(self, data: bytes) -> None:
         """Send some of it."""
@@ -54,61 +74,8 @@ class Client(Protocol):
     async def end(self) -> None:
         """End it."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """An instance's, whole."""
-
-    status: int
-    content_type: str
-    body: bytes
-
-
-class Gate:
-    """Lets so many requests in at a time, and so many wait."""
-
-    def __init__(self, running: int, waiting: int, queue_s: float, metrics: ProxyMetrics) -> None:
-        """Refuse what is more than both."""
-        self._room = asyncio.Semaphore(running)
-        self._running = self._waiting = 0
-        self._most_waiting = waiting
-        self._queue_s = queue_s
-        self._metrics = metrics
-
-    @asynccontextmanager
-    async def __call__(self) -> AsyncIterator[float]:
-        """Hold a place, and yield until when the request may wait for others.
-
-        Raises ``ProxyError`` when there is none.
-        """
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        if self._room.locked() and self._waiting >= self._most_waiting:
-            raise ProxyError(503, "too many requests are waiting; ask later", retry_after_s=1)
-        self._wait(1)
-        try:
-            async with asyncio.timeout(self._queue_s):
-                await self._room.acquire()
-        except TimeoutError:
-            msg = f"no turn within {self._queue_s:g} s; ask later"
-            raise ProxyError(503, msg, retry_after_s=1) from None
-        finally:
-            self._wait(-1)
-        self._metrics.observe(STAGE_SECONDS, loop.time() - began, "queue")
-        self._run(1)
-        try:
-            yield began + self._queue_s
-        finally:
-            self._run(-1)
-            self._room.release()
-
-    def _wait(self, more: int) -> None:
-        self._waiting += more
-        self._metrics.set(WAITING, self._waiting)
-
-    def _run(self, more: int) -> None:
-        self._running += more
-        self._metrics.set(RUNNING, self._running)
+    async def give(self, answer: Answer) -> None:
+        """Send a whole answer."""
 
 
 class Exchange:
@@ -128,25 +95,29 @@ class Exchange:
         self._readiness = readiness
         self._metrics = metrics
         limits = options.limits
+        self._queue_s = limits.queue_s
         self._gate = Gate(limits.running, limits.waiting, limits.queue_s, metrics)
 
     async def answer(self, ask: Ask, client: Client) -> str:
         """Answer a client; returns how it ended.  Raises ``ProxyError`` before an answer began."""
-        async with self._gate() as deadline:
+        async with self._gate():
             routing = self._options.routing
             prompt = ask.prompt
             names = pieces(prompt, routing.piece_bytes, model=ask.model)
+            if not self._instances.any_of("decode"):
+                raise no_instance()
             if len(prompt) >= routing.min_prefill_bytes and self._instances.any_of("prefill"):
-                await self._prefill(ask, names, deadline)
-            return await self._decode(ask, names, client, deadline)
+                await self._prefill(ask, names)
+            return await self._decode(ask, names, client)
 
-    async def _prefill(self, ask: Ask, names: Sequence[bytes], deadline: float) -> None:
+    async def _prefill(self, ask: Ask, names: Sequence[bytes]) -> None:
         """Have the prompt computed, and wait until the store has it; a failure is made up for."""
         body, tried = ask.prefill_body(), list[str]()
         loop = asyncio.get_running_loop()
+        timeout = httpx.Timeout(None, connect=self._engines.connect_s)
         while len(tried) < self._engines.attempts:
             try:
-                instance = await self._instances.pick("prefill", names, tried, deadline)
+                instance = await self._instances.pick("prefill", names, tried, self._queue_s)
             except ProxyError:
                 # Who decodes can compute it, too.
                 return
@@ -158,18 +129,17 @@ class Exchange:
                 with self._instances.using(instance) as sending:
                     async with asyncio.timeout(self._engines.prefill_s):
                         response = await sending.post(
-                            ask.path, content=body, headers={"content-type": _JSON}
+                            ask.path, content=body, headers=_SENT, timeout=timeout
                         )
             except (httpx.HTTPError, TimeoutError) as error:
                 self._note("prefill", instance, error)
                 continue
+            self._metrics.count(ATTEMPTS, "prefill", _result(response.status_code))
+            if _elsewhere(response.status_code):
+                continue
             if response.status_code >= _REFUSED:
-                self._metrics.count(ATTEMPTS, "prefill", _result(response.status_code))
-                if response.status_code >= _FAILED or response.status_code in _BUSY:
-                    continue
                 # Who decodes says why.
                 return
-            self._metrics.count(ATTEMPTS, "prefill", "ok")
             self._metrics.observe(STAGE_SECONDS, loop.time() - began, "prefill")
             began = loop.time()
             ready = await self._readiness.wait(_transfer_params(response))
@@ -177,68 +147,83 @@ class Exchange:
             self._metrics.observe(STAGE_SECONDS, loop.time() - began, "readiness")
             return
 
-    async def _decode(
-        self, ask: Ask, names: Sequence[bytes], client: Client, deadline: float
-    ) -> str:
+    async def _decode(self, ask: Ask, names: Sequence[bytes], client: Client) -> str:
         stream = EventStream(self._engines.replay_bytes, repeatable=ask.repeatable)
-        tried, last = (
-            list[str](),
-            no_instance(),
-        )
-        while len(tried) < self._engines.attempts:
-            instance = await self._instances.pick("decode", names, tried, deadline)
+        tried, failure = list[str](), _Failure(no_instance())
+        while len(tried) < self._engines.attempts and not failure.final:
+            try:
+                instance = await self._instances.pick("decode", names, tried, self._queue_s)
+            except ProxyError as full:
+                failure = _Failure(full)
+                break
             if instance is None:
                 break
             tried.append(instance.name)
-            try:
-                with self._instances.using(instance) as sending:
-                    found = await self._ask(ask, sending, stream, client)
-            except (httpx.HTTPError, StreamError, TimeoutError) as error:
-                self._note("decode", instance, error)
-                last = ProxyError(502, f"instance {instance.name}: {describe(error)}")
-                try:
-                    stream.begin_again()
-                except StreamError as unrepeatable:
-                    if client.started:
-                        last = ProxyError(502, f"{last}; {unrepeatable}")
-                        break
-                continue
-            if found is None:
-                self._metrics.count(ATTEMPTS, "decode", "ok")
-                return "answered"
-            self._metrics.count(ATTEMPTS, "decode", _result(found.status))
-            if found.status >= _FAILED or found.status in _BUSY:
-                last = ProxyError(found.status, f"instance {instance.name}: {_excerpt(found.body)}")
-                continue
-            if client.started:
-                last = ProxyError(502, f"instance {instance.name}: {_excerpt(found.body)}")
-                break
-            await client.start(found.status, found.content_type)
-            await client.write(found.body)
+            outcome = await self._attempt(ask, instance, stream, client)
+            if isinstance(outcome, str):
+                return outcome
+            failure = outcome
+        said = failure.said
+        if client.started:
+            # The answer has begun as a success; an event says that it is not one.
+            text = said if isinstance(said, ProxyError) else f"{said.status}: {_excerpt(said.body)}"
+            await client.write(_error_event(str(text)))
             await client.end()
-            return "answered" if found.status < _REFUSED else "refused"
-        if not client.started:
-            raise last
-        # The answer has begun as a success; an event says that it is not one.
-        await client.write(b"data: " + json.dumps(error_body(502, str(last))).encode() + b"\n\n")
-        await client.end()
-        return "broken"
+            return "broken"
+        if isinstance(said, ProxyError):
+            raise said
+        await client.give(said)
+        return "failed"
+
+    async def _attempt(
+        self, ask: Ask, instance: Instance, stream: EventStream, client: Client
+    ) -> str | _Failure:
+        """Let an instance answer; returns how that ended."""
+        try:
+            with self._instances.using(instance) as sending:
+                found = await self._ask(ask, sending, stream, client)
+        except (httpx.HTTPError, StreamError, TimeoutError) as error:
+            return self._failure(ask, instance, stream, error)
+        if found is None:
+            self._metrics.count(ATTEMPTS, "decode", "ok")
+            return "answered"
+        self._metrics.count(ATTEMPTS, "decode", _result(found.status))
+        if client.started or _elsewhere(found.status):
+            return _Failure(found)
+        await client.give(found)
+        return "answered" if found.status < _REFUSED else "refused"
+
+    def _failure(
+        self, ask: Ask, instance: Instance, stream: EventStream, error: Exception
+    ) -> _Failure:
+        """Say what an error means, and make ready for another instance."""
+        text = f"instance {instance.name}: {describe(error)}"
+        if isinstance(error, UnrepeatableError):
+            return _Failure(ProxyError(502, text), final=True)
+        self._note("decode", instance, error)
+        if isinstance(error, httpx.ReadTimeout) and not ask.stream:
+            # Another one would take as long.
+            return _Failure(ProxyError(504, text), final=True)
+        try:
+            stream.begin_again()
+        except UnrepeatableError as unrepeatable:
+            return _Failure(ProxyError(502, f"{text}; {unrepeatable}"), final=True)
+        return _Failure(ProxyError(502, text))
 
     async def _ask(
         self, ask: Ask, sending: httpx.AsyncClient, stream: EventStream, client: Client
-    ) -> _Answer | None:
+    ) -> Answer | None:
         """Pass a stream on, or return what comes instead of one."""
         began = asyncio.get_running_loop().time()
-        async with sending.stream(
-            "POST", ask.path, content=ask.body, headers={"content-type": _JSON}
-        ) as response:
+        going_on = client.started
+        async with sending.stream("POST", ask.path, content=ask.body, headers=_SENT) as response:
             kind = response.headers.get("content-type", _JSON)
             if response.status_code >= _REFUSED or not kind.startswith(_EVENTS):
-                return _Answer(response.status_code, kind, await response.aread())
-            if client.started:
-                self._metrics.count(REPLAYED)
+                later = response.headers.get("retry-after")
+                return Answer(response.status_code, kind, await response.aread(), later)
             first = True
-            async for data in response.aiter_raw():
+            parts = response.aiter_raw()
+            async for data in parts:
                 if first:
                     first = False
                     seconds = asyncio.get_running_loop().time() - began
@@ -252,7 +237,14 @@ class Exchange:
             if not stream.done:
                 msg = "the stream ended early"
                 raise StreamError(msg)
-        await client.end()
+            await client.end()
+            if going_on:
+                self._metrics.count(REPLAYED)
+            # A connection whose response was read to its end can be used again.
+            with suppress(httpx.HTTPError, TimeoutError):
+                async with asyncio.timeout(_END_S):
+                    async for _ in parts:
+                        pass
         return None
 
     def _note(self, stage: str, instance: Instance, error: Exception) -> None:
@@ -262,10 +254,19 @@ class Exchange:
         self._instances.failed(instance, error)
 
 
+def _elsewhere(status: int) -> bool:
+    """Whether another instance may answer better."""
+    return status >= _FAILED or status in _BUSY
+
+
 def _result(status: int) -> str:
     if status < _REFUSED:
         return "ok"
-    return "busy" if status >= _FAILED or status in _BUSY else "refused"
+    return "busy" if _elsewhere(status) else "refused"
+
+
+def _error_event(text: str) -> bytes:
+    return b"data: " + json.dumps(error_body(502, text)).encode() + b"\n\n"
 
 
 def _excerpt(body: bytes) -> str:

@@ -18,6 +18,7 @@ from ucm_sdk.proxy.metrics import HEALTHY, INSTANCE_RUNNING, ProxyMetrics
 from ucm_sdk.proxy.options import EngineOptions, InstanceOptions, Role, RoutingOptions
 from ucm_sdk.proxy.requests import ProxyError
 from ucm_sdk.proxy.routing import Candidate, SeenPrompts, choose
+from ucm_sdk.proxy.turns import Queue
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ ROLES: Final[dict[Stage, frozenset[Role]]] = {
     "decode": frozenset({"decode", "both"}),
 }
 _OK: Final = 200
+_KEPT_S: Final = 2.0
+"""Idle connections; less than what engines wait before they close one."""
 _REQUESTS_PER_CLIENT: Final = 32
 _IDLE_PER_CLIENT: Final = 8
 """For every request httpx's pool goes through all of its connections, and asks idle ones whether
@@ -54,6 +57,8 @@ class Instance:
         self.turn = 0
         self.error = "not asked yet"
         self.doubted = asyncio.Event()
+        self.idle = asyncio.Event()
+        self.idle.set()
         self.bad_checks = 0
         """In a row."""
         self.changed_at = time.time()
@@ -71,11 +76,14 @@ class Instance:
             self._clients.append(one)
         one.running += 1
         self.running += 1
+        self.idle.clear()
         try:
             yield one.client
         finally:
             one.running -= 1
             self.running -= 1
+            if not self.running:
+                self.idle.set()
 
     async def close(self) -> None:
         """Close all connections."""
@@ -133,7 +141,7 @@ class Instances:
             stage: SeenPrompts(routing.most_pieces) for stage in ROLES
         }
         self._turn = 0
-        self._changed = asyncio.Event()
+        self._queues: dict[Stage, Queue] = {stage: Queue() for stage in ROLES}
         self._closing: set[asyncio.Task[None]] = set()
         authorities = str(engines.ca_file) if engines.ca_file else None
         self._verify = ssl.create_default_context(cafile=authorities)
@@ -168,7 +176,7 @@ class Instances:
         self._forget(instance)
         for gauge in (HEALTHY, INSTANCE_RUNNING):
             self._metrics.forget(gauge, name, instance.options.role)
-        self._changed.set()
+        self._wake_all()
         closing = asyncio.create_task(self._close(instance))
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
@@ -177,49 +185,63 @@ class Instances:
         """Give an instance nothing new, or end that."""
         instance = self.get(name)
         instance.draining = draining
-        self._changed.set()
+        self._wake_all()
         return instance
+
+    def one_of(self, stage: Stage) -> Instance | None:
+        """Return any instance for a stage that answers, whatever it has to do."""
+        return next(iter(self._usable(stage, ())), None)
 
     def any_of(self, stage: Stage) -> bool:
         """Whether an instance for a stage answers and is not being drained."""
         return bool(self._usable(stage, ()))
 
     async def pick(
-        self, stage: Stage, pieces: Sequence[bytes], tried: Sequence[str], deadline: float
+        self, stage: Stage, pieces: Sequence[bytes], tried: Sequence[str], timeout_s: float
     ) -> Instance | None:
         """Return the best instance that was not tried, as soon as one has room.
 
-        None where none is left.  Raises ``ProxyError`` when all have as much as they may until
-        ``deadline``, in the event loop's time.
+        None where none is left.  Raises ``ProxyError`` when all have as much as they may for so
+        long.
         """
-        while True:
-            usable = self._usable(stage, tried)
-            if not usable:
-                return None
-            seen = self._seen[stage]
-            known = seen.known(pieces, [one.name for one in usable])
-            name = choose(
-                (
-                    Candidate(
-                        one.name, one.running, one.options.max_running, one.turn, known[one.name]
-                    )
-                    for one in usable
-                ),
-                self._routing.policy,
-                spread=self._routing.spread,
-            )
-            if name is not None:
-                self._turn += 1
-                self._instances[name].turn = self._turn
-                seen.add(pieces, name)
-                return self._instances[name]
-            self._changed.clear()
+        queue, woken = self._queues[stage], False
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while usable := self._usable(stage, tried):
+            # Who comes now comes after those who wait.
+            if woken or not queue:
+                found = self._best(stage, usable, pieces)
+                if found is not None:
+                    return found
+            left_s = deadline - asyncio.get_running_loop().time()
             try:
-                async with asyncio.timeout_at(deadline):
-                    await self._changed.wait()
+                await queue.wait(tuple(tried), timeout_s=left_s, first=woken)
             except TimeoutError:
                 msg = f"every {stage} instance has as many requests as it may"
                 raise ProxyError(503, msg, retry_after_s=1) from None
+            woken = True
+        return None
+
+    def _best(
+        self, stage: Stage, usable: Sequence[Instance], pieces: Sequence[bytes]
+    ) -> Instance | None:
+        if all(one.running >= one.options.max_running for one in usable):
+            return None
+        seen = self._seen[stage]
+        known = seen.known(pieces, [one.name for one in usable])
+        name = choose(
+            (
+                Candidate(one.name, one.running, one.options.max_running, one.turn, known[one.name])
+                for one in usable
+            ),
+            self._routing.policy,
+            spread=self._routing.spread,
+        )
+        if name is None:
+            return None
+        self._turn += 1
+        self._instances[name].turn = self._turn
+        seen.add(pieces, name)
+        return self._instances[name]
 
     @contextmanager
     def using(self, instance: Instance) -> Iterator[httpx.AsyncClient]:
@@ -230,7 +252,9 @@ class Instances:
                 yield client
         finally:
             self._show_running(instance)
-            self._changed.set()
+            for stage, queue in self._queues.items():
+                if instance.options.role in ROLES[stage]:
+                    queue.freed(instance.name)
 
     def failed(self, instance: Instance, error: Exception) -> None:
         """Note that an instance did not do what it should: it is asked for its health at once."""
@@ -262,10 +286,10 @@ class Instances:
                 response = await instance.control.get(instance.options.health_path)
             fine = response.status_code == _OK
             problem = "" if fine else f"the health check was answered with {response.status_code}"
-        except httpx.ConnectError as error:
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             self._set(instance, healthy=False, error=describe(error))
             return
-        except (httpx.HTTPError, TimeoutError) as error:
+        except Exception as error:  # noqa: BLE001 - a watcher that ends would leave it as it is
             fine, problem = False, f"the health check was not answered: {describe(error)}"
         instance.bad_checks = 0 if fine else instance.bad_checks + 1
         # A busy instance is late now and then.
@@ -273,21 +297,29 @@ class Instances:
         self._set(instance, healthy=fine or (instance.healthy and not enough), error=problem)
 
     def _set(self, instance: Instance, *, healthy: bool, error: str) -> None:
-        if healthy != instance.healthy:
-            instance.changed_at = time.time()
-            self._changed.set()
-            if healthy:
-                logger.info("instance %s answers", instance.name)
-            else:
-                logger.warning("instance %s is left out: %s", instance.name, error)
+        changed, instance.healthy, instance.error = healthy != instance.healthy, healthy, error
+        # Another of its name may have come since it was removed.
+        known = self._instances.get(instance.name) is instance
+        if known:
+            self._metrics.set(HEALTHY, int(healthy), instance.name, instance.options.role)
+        if not changed:
+            return
+        instance.changed_at = time.time()
+        if healthy:
+            logger.info("instance %s answers", instance.name)
+        else:
+            logger.warning("instance %s is left out: %s", instance.name, error)
+            if known:
                 # One that comes back has started anew.
                 self._forget(instance)
-        instance.healthy, instance.error = healthy, error
-        if instance.name in self._instances:
-            self._metrics.set(HEALTHY, int(healthy), instance.name, instance.options.role)
+        self._wake_all()
+
+    def _wake_all(self) -> None:
+        for queue in self._queues.values():
+            queue.changed()
 
     def _show_running(self, instance: Instance) -> None:
-        if instance.name in self._instances:
+        if self._instances.get(instance.name) is instance:
             labels = (instance.name, instance.options.role)
             self._metrics.set(INSTANCE_RUNNING, instance.running, *labels)
 
@@ -296,9 +328,7 @@ class Instances:
             seen.forget(instance.name)
 
     async def _close(self, instance: Instance) -> None:
-        while instance.running:
-            self._changed.clear()
-            await self._changed.wait()
+        await instance.idle.wait()
         await instance.close()
 
     async def close(self) -> None:

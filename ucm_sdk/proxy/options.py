@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import urllib.parse
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,8 +37,27 @@ class InstanceOptions(Strict):
     """What the engine's server asks of its clients."""
     max_running: int = pydantic.Field(default=256, ge=1)
     """Requests that it is given at a time."""
-    health_path: str = pydantic.Field(default="/health", pattern=r"^/\S*$")
+    health_path: str = pydantic.Field(default="/health", pattern=r"^/[!-~]*$")
     """What is asked whether it is well; SGLang computes a token for ``/health``."""
+
+    @pydantic.field_validator("url")
+    @classmethod
+    def _check_url(cls, url: str) -> str:
+        # What it would be refused for when it is used.
+        parts = urllib.parse.urlsplit(url)
+        if not url.isascii() or not url.isprintable() or not parts.hostname or parts.port == 0:
+            msg = "an address such as http://host:8000 is needed"
+            raise ValueError(msg)
+        return url
+
+    @pydantic.field_validator("api_key")
+    @classmethod
+    def _check_key(cls, key: pydantic.SecretStr | None) -> pydantic.SecretStr | None:
+        text = key.get_secret_value() if key is not None else ""
+        if not text.isascii() or not text.isprintable():
+            msg = "a key of printable ASCII characters is needed"
+            raise ValueError(msg)
+        return key
 
 
 class RoutingOptions(Strict):
@@ -60,6 +80,8 @@ class LimitOptions(Strict):
 
     body_bytes: int = pydantic.Field(default=4 << 20, ge=1)
     """The longest body."""
+    body_memory_bytes: int = pydantic.Field(default=256 << 20, ge=1)
+    """All bodies together that have begun to come and are not whole."""
     headers: int = pydantic.Field(default=64, ge=1)
     """The most headers of a request."""
     header_bytes: int = pydantic.Field(default=32 << 10, ge=256)
@@ -75,9 +97,9 @@ class LimitOptions(Strict):
     body_s: Seconds = 30.0
     """How long a request's body may take to come."""
     write_s: Seconds = 30.0
-    """How long a client may take nothing of what it is sent."""
+    """How long a client may take to take 64 KiB of what it is sent."""
     queue_s: Seconds = 30.0
-    """How long a request waits for its turn."""
+    """How long a request waits for its turn, and again for an instance that has room."""
 
 
 class EngineOptions(Strict):
@@ -88,7 +110,8 @@ class EngineOptions(Strict):
     prefill_s: Seconds = 120.0
     """How long a prompt may take on a prefill instance."""
     idle_s: Seconds = 300.0
-    """How long a decode instance may send nothing."""
+    """How long a decode instance may send nothing: between events of a stream, or before a whole
+    answer."""
     attempts: int = pydantic.Field(default=3, ge=1)
     """Instances that are tried for each part of a request."""
     ready_s: float = pydantic.Field(default=2.0, ge=0, allow_inf_nan=False)

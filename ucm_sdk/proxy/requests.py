@@ -90,13 +90,13 @@ class Ask:
 
     @property
     def repeatable(self) -> bool:
-        """Whether another instance gives the same single answer."""
-        prompt = self.values.get("prompt")
-        single = not isinstance(prompt, list) or not any(
-            isinstance(one, str | list) for one in prompt
-        )
-        fixed = self.values.get("temperature") == 0 or self.values.get("seed") is not None
-        return single and fixed and self.values.get("n") in {None, 1}
+        """Whether another instance gives the same single answer, in text alone."""
+        values = self.values
+        prompt, n = values.get("prompt"), values.get("n")
+        several = isinstance(prompt, list) and any(isinstance(one, str | list) for one in prompt)
+        fixed = values.get("temperature") == 0 or values.get("seed") is not None
+        plain = values.get("logprobs") is None or values.get("logprobs") is False
+        return fixed and plain and not several and (n is None or n == 1)
 
     def prefill_body(self) -> bytes:
         """Return the body that makes an engine compute the prompt, and say what it has saved."""

@@ -12,12 +12,21 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 _END: Final = b"\n\n"
-_DONE: Final = b"data: [DONE]"
+_DONE: Final = b"[DONE]"
+"""Events of JSON end with a brace."""
+_CHOICE: Final = frozenset(
+    {"index", "text", "delta", "finish_reason", "stop_reason", "matched_stop"}
+)
+_DELTA: Final = frozenset({"role", "content"})
 _MOST_EVENT_BYTES: Final = 8 << 20
 
 
 class StreamError(Exception):
     """An instance sent what cannot be passed on."""
+
+
+class UnrepeatableError(StreamError):
+    """Another instance cannot go on, through no fault of its own."""
 
 
 class EventStream:
@@ -34,22 +43,25 @@ class EventStream:
         self.done = False
         """Whether the last event has been passed on."""
 
-    @property
-    def can_repeat(self) -> bool:
-        """Whether another instance can go on."""
-        return self._repeatable and self._sent_bytes <= self._most
-
     def feed(self, data: bytes) -> bytes:
-        """Return what the client is to be sent for what an instance has sent."""
-        whole, separator, self._partial = (self._partial + data).rpartition(_END)
+        """Return what the client is to be sent for what an instance has sent.
+
+        Raises ``StreamError`` where that cannot be passed on, an error that the instance reports
+        included.
+        """
+        data = self._partial + data
+        if b"\r" in data:
+            data = data.replace(b"\r\n", b"\n")
+        whole, separator, self._partial = data.rpartition(_END)
         if len(self._partial) > _MOST_EVENT_BYTES:
             msg = f"an event of more than {_MOST_EVENT_BYTES} bytes"
             raise StreamError(msg)
         events = whole + separator
         if self._skip is not None:
             events = b"".join(self._skip.pass_on(event) for event in _events(events))
-            if self._skip.ended:
-                self._skip = None
+        elif b"error" in events:
+            for event in _events(events):
+                _parse(event)
         if events:
             self.done = events.rstrip().endswith(_DONE)
             self._sent_bytes += len(events)
@@ -58,21 +70,26 @@ class EventStream:
         return events
 
     def begin_again(self) -> None:
-        """Expect the same stream from its beginning; raises ``StreamError`` if that cannot be."""
-        if not self.can_repeat:
+        """Expect the same stream from its beginning.
+
+        Raises ``UnrepeatableError`` where the client has some of it that cannot be repeated.
+        """
+        self._partial, self._skip = b"", None
+        if not self._sent_bytes:
+            return
+        if not self._repeatable or self._sent_bytes > self._most:
             msg = "the answer cannot be repeated"
-            raise StreamError(msg)
-        self._partial = b""
-        if self._sent:
-            self._skip = _Skip(b"".join(self._sent))
+            raise UnrepeatableError(msg)
+        self._skip = _Skip(b"".join(self._sent))
 
 
 class _Skip:
     """Leaves out what was sent, and gives the rest the name of the first stream."""
 
     def __init__(self, sent: bytes) -> None:
-        self.ended = False
-        self._text, self._finished = "", False
+        self._text = self._seen = ""
+        self._finish: str | None = None
+        self._role = self._usage = False
         self._names: dict[str, Any] = {}
         for event in _events(sent):
             value = _parse(event)
@@ -81,30 +98,46 @@ class _Skip:
             self._names = self._names or {k: value[k] for k in ("id", "created") if k in value}
             text, finish = _content(value)
             self._text += text
-            self._finished |= finish is not None
-        self._seen = ""
+            self._finish = self._finish or finish
+            self._role |= _has_role(value)
+            self._usage |= not value.get("choices") and bool(value.get("usage"))
 
     def pass_on(self, event: bytes) -> bytes:
         value = _parse(event)
         if value is None:
+            if event.strip().endswith(_DONE) and len(self._seen) < len(self._text):
+                raise _another_answer()
             return event
         value.update(self._names)
+        if not value.get("choices"):
+            # What it has cost is said once.
+            return b"" if self._usage and value.get("usage") else _event(value)
         text, finish = _content(value)
         before, self._seen = self._seen, self._seen + text
         common = min(len(self._seen), len(self._text))
-        if self._seen[:common] != self._text[:common] or (
-            finish is not None and len(self._seen) < len(self._text)
-        ):
-            msg = "another instance gave another answer"
-            raise StreamError(msg)
-        if self._finished and value.get("choices"):
+        if self._seen[:common] != self._text[:common]:
+            raise _another_answer()
+        if finish is not None and len(self._seen) < len(self._text):
+            raise _another_answer()
+        if self._finish is not None:
+            if len(self._seen) > len(self._text) or finish not in {None, self._finish}:
+                raise _another_answer()
             return b""
-        if value.get("choices"):
-            new = self._seen[max(len(before), len(self._text)) :]
-            if not new and finish is None:
-                return b""
-            _set_content(value, new)
-        return b"data: " + json.dumps(value).encode() + _END
+        new = self._seen[max(len(before), len(self._text)) :]
+        role = _has_role(value) and not self._role
+        if not new and finish is None and not role:
+            return b""
+        _set_content(value, new, role=role)
+        self._role |= role
+        return _event(value)
+
+
+def _another_answer() -> UnrepeatableError:
+    return UnrepeatableError("another instance gave another answer")
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value).encode() + _END
 
 
 def _events(data: bytes) -> Iterator[bytes]:
@@ -116,7 +149,7 @@ def _events(data: bytes) -> Iterator[bytes]:
 def _parse(event: bytes) -> dict[str, Any] | None:
     """Return an event's value; None for comments and for the end."""
     text = event.strip()
-    if not text.startswith(b"data:") or text == _DONE:
+    if not text.startswith(b"data:") or text.endswith(_DONE):
         return None
     try:
         value = json.loads(text[len(b"data:") :])
@@ -126,8 +159,8 @@ def _parse(event: bytes) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         msg = "an event that is not an object"
         raise StreamError(msg)
-    if "error" in value:
-        msg = f"the instance gave up: {value['error']}"
+    if value.get("error") or value.get("object") == "error":
+        msg = f"the instance gave up: {value.get('error') or value.get('message')}"
         raise StreamError(msg)
     return value
 
@@ -139,26 +172,26 @@ def _content(value: dict[str, Any]) -> tuple[str, str | None]:
         return "", None
     if len(choices) > 1 or choices[0].get("index", 0):
         msg = "several choices cannot be repeated"
-        raise StreamError(msg)
+        raise UnrepeatableError(msg)
     choice = choices[0]
     delta = choice.get("delta")
-    if delta is not None:
-        others = {k for k, v in delta.items() if v and k not in {"role", "content"}}
-        if others:
-            msg = f"{', '.join(sorted(others))} cannot be repeated"
-            raise StreamError(msg)
-        text = delta.get("content")
-    else:
-        text = choice.get("text")
-    if choice.get("logprobs"):
-        msg = "log probabilities cannot be repeated"
-        raise StreamError(msg)
+    others = {k for k, v in choice.items() if v and k not in _CHOICE}
+    others |= {k for k, v in (delta or {}).items() if v and k not in _DELTA}
+    if others:
+        msg = f"{', '.join(sorted(others))} cannot be repeated"
+        raise UnrepeatableError(msg)
+    text = choice.get("text") if delta is None else delta.get("content")
     return text or "", choice.get("finish_reason")
 
 
-def _set_content(value: dict[str, Any], text: str) -> None:
+def _has_role(value: dict[str, Any]) -> bool:
+    choices = value.get("choices") or []
+    return any((choice.get("delta") or {}).get("role") for choice in choices)
+
+
+def _set_content(value: dict[str, Any], text: str, *, role: bool) -> None:
     choice = value["choices"][0]
-    if choice.get("delta") is not None:
-        choice["delta"] = {"content": text}
-    else:
+    if choice.get("delta") is None:
         choice["text"] = text
+    else:
+        choice["delta"] = {"content": text} | ({"role": choice["delta"]["role"]} if role else {})
