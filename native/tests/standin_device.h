@@ -180,7 +180,8 @@ static void record_event(void *handle, void *on)
 static void wait_event(void *on, void *handle)
 {
     int number = event_of(handle);
-    add(stream_of(on), (work){.kind = WAIT, .event = number, .generation = events[number].recorded});
+    work one = {.kind = WAIT, .event = number, .generation = events[number].recorded};
+    add(stream_of(on), one);
 }
 
 static void destroy_event(void *handle)
