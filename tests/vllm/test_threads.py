@@ -39,7 +39,11 @@ class Work:
 
 
 def in_thread(function) -> object:
-    """Return what a thread's call returns; whatever it joins, it joins alone."""
+    """Return what a thread's call returns.
+
+    It has joined nothing, as this one may have for an engine of another test, and what it joins it
+    joins alone.
+    """
     found: list[object] = []
     thread = threading.Thread(target=lambda: found.append(function()))
     thread.start()
@@ -50,7 +54,7 @@ def in_thread(function) -> object:
 @pytest.mark.parametrize("rows", [1, 400])
 def test_the_engines_team_computes_the_same(rows: int) -> None:
     work = Work(rows)
-    alone = work.done()
+    alone = in_thread(work.done)
 
     def shared() -> tuple[bool, np.ndarray]:
         torch.ones(100_000).sum()
@@ -59,12 +63,13 @@ def test_the_engines_team_computes_the_same(rows: int) -> None:
     joined, found = in_thread(shared)
     assert joined
     assert found == pytest.approx(alone, abs=1e-6)
-    assert not threads.in_team()
+    # Whoever joins does so for itself.
+    assert not in_thread(threads.in_team)
 
 
 def test_a_team_leaves_nothing_to_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     work = Work(1)
-    alone = work.done()
+    alone = in_thread(work.done)
 
     def shared() -> np.ndarray:
         assert join_team()
@@ -78,7 +83,7 @@ def test_a_team_leaves_nothing_to_the_pool(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_child_has_left_the_team() -> None:
     work = Work(1)
-    alone = work.done()
+    alone = in_thread(work.done)
 
     def forked() -> int:
         assert join_team()
