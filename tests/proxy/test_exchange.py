@@ -290,3 +290,14 @@ def test_an_instance_gives_up_what_a_client_gives_up(engines, proxy, stream: boo
     eventually(lambda: served.metric("ucm_proxy_requests_total", result="cancelled") == 1)
     assert served.metric("ucm_proxy_running") == 0
     assert served.metric("ucm_proxy_instance_running", instance="D", role="decode") == 0
+
+
+def test_a_connection_that_an_engine_may_be_about_to_close_is_not_used_again(
+    engines, proxy
+) -> None:
+    (one,) = engines("D")
+    served = proxy({one: "decode"})
+    served.ask("first")
+    time.sleep(2.5)
+    served.ask("second")
+    assert len(one.ports) == 2

@@ -102,7 +102,11 @@ class Instance:
             # The proxy decides whom it talks to, and not its environment.
             trust_env=False,
             timeout=timeout,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=_IDLE_PER_CLIENT),
+            limits=httpx.Limits(
+                max_connections=None,
+                max_keepalive_connections=_IDLE_PER_CLIENT,
+                keepalive_expiry=_KEPT_S,
+            ),
         )
 
     @property
