@@ -108,15 +108,15 @@ def count_selection() -> list[float]:
     """
     from ucm_vllm.sparse import VllmSparse
 
-    seconds, rewrite = [0.0], VllmSparse.rewrite
+    seconds, choose = [0.0], VllmSparse.choose
 
     def timed(*arguments: Any) -> Any:
         began = time.perf_counter()
-        result = rewrite(*arguments)
+        result = choose(*arguments)
         seconds[0] += time.perf_counter() - began
         return result
 
-    VllmSparse.rewrite = timed  # type: ignore[method-assign, assignment]
+    VllmSparse.choose = timed  # type: ignore[method-assign, assignment]
     return seconds
 
 

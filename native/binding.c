@@ -2,6 +2,7 @@
 #include "ucm/segments.h"
 #include "ucm/attend.h"
 #include "ucm/crc32c.h"
+#include "ucm/device.h"
 #include "ucm/pool.h"
 #include "ucm/recut.h"
 #include "ucm/rotate.h"

@@ -10,11 +10,21 @@
 #include <string.h>
 #include <time.h>
 
-enum { HOST_ALIGNMENT = 4096, LONGEST_PAUSE_NS = 1000000, FIRST_PAUSE_NS = 10000 };
+enum {
+    HOST_ALIGNMENT = 4096,
+    FIRST_PAUSE_NS = 10000,
+    LONGEST_PAUSE_NS = 1000000,
+    LAST_WAIT_NS = 1000000000,
+};
 
-/* An event that orders two streams; it is freed once it is reached. */
+/*
+ * Two events that order two streams: `event` is recorded on the first and waited for by the second,
+ * on which `passed` is recorded then.  Both are freed once `passed` is reached: drivers differ in
+ * whether an event may go that a stream has yet to wait for.
+ */
 typedef struct order {
-    void *event;
+    void *event, *passed;
+    int whole; /* 0 where a call of the driver failed: nobody can tell when it is over */
     struct order *next;
 } order;
 
@@ -120,25 +130,54 @@ int ucm_device_open(int kind, int ordinal, const char *library, ucm_device **ope
     return UCM_OK;
 }
 
-/* Frees the oldest order, and its event where the driver can be called. */
-static void free_oldest(ucm_device *device, int entered)
+static int64_t now_ns(void)
 {
-    order *oldest = device->orders;
-    if (entered)
-        device->driver->free_event(device->api, oldest->event);
-    device->orders = oldest->next;
-    free(oldest);
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
-/* Frees the orders that are reached. */
-static void sweep(ucm_device *device)
+static void free_order(ucm_device *device, order *one)
 {
-    int reached = 1;
-    while (device->orders && reached) {
-        if (device->driver->query(device->api, device->orders->event, &reached))
-            return;
-        if (reached)
-            free_oldest(device, 1);
+    device->driver->free_event(device->api, one->event);
+    if (one->passed)
+        device->driver->free_event(device->api, one->passed);
+    free(one);
+}
+
+/* Frees the orders that are over; whether all are that can be said of. */
+static int sweep(ucm_device *device)
+{
+    int all = 1;
+    for (order **at = &device->orders; *at;) {
+        order *one = *at;
+        int reached = 0;
+        if (one->whole && device->driver->query(device->api, one->passed, &reached))
+            return 0;
+        all = all && (reached || !one->whole);
+        if (!reached) {
+            at = &one->next;
+            continue;
+        }
+        *at = one->next;
+        free_order(device, one);
+    }
+    return all;
+}
+
+/* Frees all orders: once they are over, unless an engine's stream hangs. */
+static void free_orders(ucm_device *device, int entered)
+{
+    const int64_t deadline = now_ns() + LAST_WAIT_NS;
+    while (entered && !sweep(device) && now_ns() < deadline)
+        nanosleep(&(struct timespec){0, FIRST_PAUSE_NS}, NULL);
+    while (device->orders) {
+        order *one = device->orders;
+        device->orders = one->next;
+        if (entered && !one->whole)
+            free_order(device, one);
+        else
+            free(one);
     }
 }
 
@@ -150,8 +189,7 @@ void ucm_device_close(ucm_device *device)
         device->stream && !device->driver->enter(device->api, device->ordinal);
     if (entered)
         device->driver->wait_stream(device->api, device->stream);
-    while (device->orders)
-        free_oldest(device, entered);
+    free_orders(device, entered);
     if (entered)
         device->driver->free_stream(device->api, device->stream);
     if (device->api) {
@@ -211,12 +249,13 @@ static int put_in_order(ucm_device *device, void *first, void *second)
     CALL(status, device, make_event, &one->event);
     CALL(status, device, record, one->event, first);
     CALL(status, device, stream_wait, second, one->event);
+    CALL(status, device, make_event, &one->passed);
+    CALL(status, device, record, one->passed, second);
+    one->whole = !status;
     if (one->event) {
         /* Also after an error: it may have been recorded. */
-        order **last = &device->orders;
-        while (*last)
-            last = &(*last)->next;
-        *last = one;
+        one->next = device->orders;
+        device->orders = one;
     } else {
         free(one);
     }
@@ -290,13 +329,6 @@ int ucm_device_reached(ucm_device_mark *mark)
     CALL(status, device, query, mark->event, &reached);
     leave(device);
     return status || reached ? status : UCM_PENDING;
-}
-
-static int64_t now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
 int ucm_device_wait(ucm_device_mark *mark, int64_t timeout_ns)

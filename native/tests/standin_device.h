@@ -15,7 +15,11 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum { DEVICE_BYTES = 1 << 16, MOST_OBJECTS = 4096, MOST_WORK = 8192, FAILED = 719 };
+#ifndef DEVICE_BYTES
+#define DEVICE_BYTES (1 << 16)
+#endif
+
+enum { MOST_OBJECTS = 4096, MOST_WORK = 8192, FAILED = 719 };
 
 typedef struct {
     enum { COPY, RECORD, WAIT, FILL } kind;
@@ -113,6 +117,8 @@ static void *new_event(void)
 
 static void add(stream *to, work one)
 {
+    if (to->first == to->end)
+        to->first = to->end = 0;
     if (to->end == MOST_WORK)
         violation("too much work");
     else
@@ -189,6 +195,10 @@ static void destroy_event(void *handle)
     int number = event_of(handle);
     if (events[number].reached < events[number].recorded)
         violation("an event was destroyed that is not reached");
+    for (int i = 0; i < 16; i++)
+        for (int w = streams[i].first; w < streams[i].end; w++)
+            if (streams[i].queue[w].kind == WAIT && streams[i].queue[w].event == number)
+                violation("an event was destroyed that a stream has yet to wait for");
     events[number].live = 0;
 }
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ucm_sdk import KVLayout
-from ucm_sdk.connector.converting import _Transfer
+from ucm_sdk.connector.converting import PartTransfer
 from ucm_sdk.connector.others import Run, conversions
 from ucm_sdk.testing import ScriptedEngine
 from ucm_sdk.testing.connector_suite import prompt_of
@@ -113,7 +113,7 @@ def test_a_load_that_begins_later_than_its_run_names_the_right_blocks() -> None:
 
 
 def test_after_a_cancel_nothing_is_written() -> None:
-    transfer = _Transfer(1)
+    transfer = PartTransfer(1)
     with transfer.writing() as allowed:
         assert allowed
         canceller = threading.Thread(target=transfer.cancel)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from ucm_sdk._native.threads import join_team
 from ucm_sdk.connector.blend import BlendedKV, BlendPlanner, BlendWorkerSide
 from ucm_sdk.connector.costs import CostModel, cost_file
+from ucm_sdk.connector.memory import EngineDevice, KVMemory
 from ucm_sdk.connector.offload import (
     FromBlock,
     Offloaded,
@@ -35,7 +36,7 @@ from ucm_sdk.connector.plans import (
 from ucm_sdk.connector.scheduler import SchedulerSide
 from ucm_sdk.connector.sparse import DecodeRow, SparseWorkerSide
 from ucm_sdk.connector.streaming import LayerStream
-from ucm_sdk.connector.worker import KVMemory, WorkerSide
+from ucm_sdk.connector.worker import WorkerSide
 
 __all__ = [
     "BlendConfig",
@@ -45,6 +46,7 @@ __all__ = [
     "ConnectorOptions",
     "CostModel",
     "DecodeRow",
+    "EngineDevice",
     "FromBlock",
     "KVMemory",
     "LayerStream",

@@ -2,15 +2,14 @@
 """The worker side of loads whose blocks do not come as the engine keeps them.
 
 Blocks of another layout are re-cut; blocks of a chunk that was computed elsewhere go to where the
-chunk stands now.  Both are read into a staging buffer and copied from there.
+chunk stands now.  Both are read into a staging buffer and copied from there: to the engine's memory
+if that is the host's, else to pinned memory, from where the device takes whole blocks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import threading
-import time
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -19,19 +18,21 @@ import numpy as np
 
 from ucm_sdk import telemetry
 from ucm_sdk.availability import CallThread
+from ucm_sdk.connector.landing import Landing, whole_groups
 from ucm_sdk.connector.plans import Conversion, Move
+from ucm_sdk.connector.transfers import PartTransfer
 from ucm_sdk.errors import Status, UcmError
 from ucm_sdk.recut import Chunks, Recut, chunks, shifted
 from ucm_sdk.tasks import Task
 from ucm_sdk.types import Batch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
     from ucm_sdk.blend import KeyShift
-    from ucm_sdk.connector.worker import KVMemory
+    from ucm_sdk.connector.memory import KVMemory
     from ucm_sdk.layout import KVLayout
     from ucm_sdk.store import KVStoreBase
 
@@ -50,6 +51,7 @@ class _Read:
     shard: int
     start: int
     """Index of the first of them in the copy."""
+    end: int
     places: NDArray[np.uint64]
     task: Task
 
@@ -77,6 +79,11 @@ class _Copy:
         cut = chunks(size, own.block_tokens, plan.first_token, end_token)
         return cls(plan.layout, plan.ids, [cut], max(1, own.block_tokens // size))
 
+    def filled(self, read: _Read) -> NDArray[np.int64]:
+        """Return the blocks that get tokens from what was read."""
+        sources = np.arange(read.start, read.end)
+        return np.unique(np.concatenate([c.of_sources(sources).target_blocks for c in self.cuts]))
+
 
 class Converter:
     """Loads blocks of other layouts, or of other places, into one rank's memory."""
@@ -95,12 +102,17 @@ class Converter:
         self._shards: dict[tuple[KVLayout, int], KVStoreBase] = {}
         self._thread: CallThread | None = None
         self._staging = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
+        self._landing: Landing | None = None
+        if memory.device is not None:
+            self._landing = Landing(memory.device.loads, store.context.layout)
 
     def load(self, plan: Conversion | Move, blocks: Sequence[int]) -> Task:
         """Start to fill the engine's ``blocks``; the task has a status for each of them."""
         if self._thread is None:
             self._thread = CallThread("ucm-convert")
-        transfer = _Transfer(len(blocks))
+        if (device := self._memory.device) is not None:
+            device.loads.after(device.stream())
+        transfer = PartTransfer(len(blocks))
         self._thread.submit(lambda: self._run(transfer, plan, blocks))
         return Task(transfer, self._memory.owners, lambda _: None)
 
@@ -112,7 +124,7 @@ class Converter:
             store.close()
         return True
 
-    def _run(self, transfer: _Transfer, plan: Conversion | Move, blocks: Sequence[int]) -> None:
+    def _run(self, transfer: PartTransfer, plan: Conversion | Move, blocks: Sequence[int]) -> None:
         try:
             own = self._store.context.layout
             self._copy(transfer, _Copy.of(plan, own, len(blocks)), blocks)
@@ -125,26 +137,27 @@ class Converter:
         else:
             transfer.end(Status.OK)
 
-    def _copy(self, transfer: _Transfer, copy: _Copy, blocks: Sequence[int]) -> None:
+    def _copy(self, transfer: PartTransfer, copy: _Copy, blocks: Sequence[int]) -> None:
         recut = self._recut(copy.layout)
         targets = self._memory.addresses(blocks, slice(None))
         at_a_time = max(1, _STAGING_BYTES // copy.layout.payload_bytes // copy.least) * copy.least
         shards = [self._store.context.shard]
         if copy.layout != self._store.context.layout:
             shards = recut.source_shards(self._store.context.shard)
-        todo = [(shard, start) for start in range(0, len(copy.ids), at_a_time) for shard in shards]
+        todo = [(shard, group) for group in self._groups(copy, at_a_time) for shard in shards]
         reads: deque[_Read] = deque()
         try:
             for turn in range(len(todo) + 1):
                 # The next read runs while the last one is converted.
                 if turn < len(todo):
-                    shard, start = todo[turn]
-                    end = min(start + at_a_time, len(copy.ids))
+                    shard, (start, end) = todo[turn]
                     reads.append(self._read(copy, shard, start, end, turn % 2))
                 if turn > 0:
                     if not self._finish(transfer, reads[0], recut, copy, targets):
                         return
-                    reads.popleft()
+                    read = reads.popleft()
+                    if read.shard == shards[-1]:
+                        self._deliver(transfer, read, copy, targets)
         finally:
             # Nothing may be read any more into buffers that the next conversion uses.
             for read in reads:
@@ -156,7 +169,7 @@ class Converter:
 
     def _finish(
         self,
-        transfer: _Transfer,
+        transfer: PartTransfer,
         read: _Read,
         recut: Recut,
         copy: _Copy,
@@ -169,10 +182,11 @@ class Converter:
         there, lost = (np.flatnonzero(some) + read.start for some in (good, ~good))
         for cut in copy.cuts:
             transfer.fail(cut.of_sources(lost).target_blocks, read.task)
-        sources = np.zeros(read.start + len(good), np.uint64)
+        sources = np.zeros(read.end, np.uint64)
         sources[read.start :] = read.places
         if copy.shift and self._keys is not None:
             self._keys.move(sources[there], copy.shift)
+        places = self._places(read, copy, targets)
         with transfer.writing() as allowed:
             for cut in copy.cuts if allowed else ():
                 recut.copy(
@@ -180,9 +194,33 @@ class Converter:
                     source_shard=read.shard,
                     target_shard=self._store.context.shard,
                     sources=sources,
-                    targets=targets,
+                    targets=places,
                 )
             return allowed
+
+    def _groups(self, copy: _Copy, most: int) -> list[tuple[int, int]]:
+        """Return which source blocks are read together."""
+        count = len(copy.ids)
+        if self._landing is not None:
+            return whole_groups(copy.cuts, count, most)
+        return [(start, min(start + most, count)) for start in range(0, count, most)]
+
+    def _places(self, read: _Read, copy: _Copy, targets: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Return where the blocks that a read fills are put together, ``[blocks, pieces]``."""
+        if self._landing is None:
+            return targets
+        filled = copy.filled(read)
+        places = np.zeros_like(targets)
+        places[filled] = self._landing.places(len(filled))
+        return places
+
+    def _deliver(
+        self, transfer: PartTransfer, read: _Read, copy: _Copy, targets: NDArray[np.uint64]
+    ) -> None:
+        """Bring blocks that have been put together to where the engine has them."""
+        if self._landing is not None:
+            filled = copy.filled(read)
+            self._landing.deliver(transfer, self._landing.places(len(filled)), targets[filled])
 
     def _recut(self, layout: KVLayout) -> Recut:
         if layout not in self._recuts:
@@ -208,9 +246,9 @@ class Converter:
             addresses=places[:, None],
         )
         task = store.load(batch, owners=buffer)
-        return _Read(shard, start, places, task)
+        return _Read(shard, start, end, places, task)
 
-    def _wait(self, transfer: _Transfer, task: Task) -> NDArray[np.bool_] | None:
+    def _wait(self, transfer: PartTransfer, task: Task) -> NDArray[np.bool_] | None:
         """Return which blocks were read, None when the transfer was cancelled."""
         while not task.done():
             if transfer.cancelled:
@@ -226,56 +264,3 @@ def _pages(size: int) -> NDArray[np.uint8]:
     memory = np.empty(size + _PAGE_BYTES, np.uint8)
     first = -memory.ctypes.data % _PAGE_BYTES
     return memory[first : first + size]
-
-
-class _Transfer:
-    """A conversion as a store's transfer."""
-
-    def __init__(self, blocks: int) -> None:
-        self._statuses = np.full(blocks, Status.PENDING, np.int32)
-        self._condition = threading.Condition()
-        self._write_lock = threading.Lock()
-        self._ended = False
-        self.cancelled = False
-        self._started = time.monotonic()
-        self._elapsed_s = 0.0
-
-    def fail(self, blocks: NDArray[np.int64], read: Task) -> None:
-        """Note blocks that cannot be filled because of what ``read`` gave."""
-        if len(blocks):
-            self._statuses[blocks] = read.statuses[np.flatnonzero(read.statuses)[0]]
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[bool]:
-        """Hold off ``cancel`` while the caller's memory is written, unless it was cancelled."""
-        with self._write_lock:
-            yield not self.cancelled
-
-    def end(self, status: Status) -> None:
-        """End with ``status`` for every block of which nothing is known."""
-        with self._condition:
-            rest = Status.CANCELLED if self.cancelled else status
-            self._statuses[self._statuses == Status.PENDING] = rest
-            self._elapsed_s = time.monotonic() - self._started
-            self._ended = True
-            self._condition.notify_all()
-
-    def done(self) -> bool:
-        return self._ended
-
-    def wait(self, timeout_s: float | None) -> bool:
-        with self._condition:
-            return self._condition.wait_for(lambda: self._ended, timeout_s)
-
-    def cancel(self) -> None:
-        self.cancelled = True
-        # A copy that has begun is over in milliseconds; afterwards nothing is written.
-        with self._write_lock:
-            pass
-
-    def statuses(self) -> NDArray[np.int32]:
-        with self._condition:
-            return self._statuses.copy()
-
-    def elapsed_s(self) -> float:
-        return self._elapsed_s

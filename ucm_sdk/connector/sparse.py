@@ -23,8 +23,8 @@ from ucm_sdk.types import Batch
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from ucm_sdk.connector.memory import KVMemory
     from ucm_sdk.connector.offload import SparsePlan
-    from ucm_sdk.connector.worker import KVMemory
     from ucm_sdk.sparse import Array, Cut, SparseKVManager
     from ucm_sdk.store import KVStoreBase
 

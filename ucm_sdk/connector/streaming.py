@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ucm_sdk.connector.worker import KVMemory
+    from ucm_sdk.connector.memory import KVMemory
     from ucm_sdk.telemetry import Recorder
 
 _FEWEST_SLOTS: Final = 2

@@ -20,6 +20,7 @@ import numpy as np
 
 from ucm_sdk import telemetry
 from ucm_sdk.connector.converting import Converter
+from ucm_sdk.connector.memory import KVMemory
 from ucm_sdk.connector.plans import (
     LoadPlan,
     Observed,
@@ -28,6 +29,7 @@ from ucm_sdk.connector.plans import (
     StepResult,
     joined,
 )
+from ucm_sdk.connector.staging import Staging, StepClock
 from ucm_sdk.errors import STORE_ERRORS, ArgumentError, Status, UcmError
 from ucm_sdk.types import Batch
 
@@ -48,26 +50,6 @@ _MANY_TOKENS: Final = 32
 """A step that computes fewer says nothing about what computing a prompt costs."""
 _LOG_EVERY_S: Final = 60.0
 _CLOSE_S: Final = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class KVMemory:
-    """Where an engine keeps KV: piece ``p`` of block ``b`` lies at ``bases[p] + b * strides[p]``.
-
-    Addresses and strides in bytes; the memory must be the host's and outlive the worker side.
-    """
-
-    bases: NDArray[np.uint64]
-    strides: NDArray[np.uint64]
-    owners: object = None
-    """Whatever keeps the memory alive."""
-    pieces_per_layer: int = 1
-    """2 where an engine keeps keys and values apart."""
-
-    def addresses(self, blocks: Sequence[int], pieces: slice) -> NDArray[np.uint64]:
-        """Return addresses of shape ``[blocks, pieces]``."""
-        numbers = np.asarray(blocks, np.uint64)[:, None]
-        return self.bases[None, pieces] + numbers * self.strides[None, pieces]
 
 
 @dataclass(slots=True)
@@ -142,6 +124,11 @@ class WorkerSide:
         self._options = options
         self._memory = memory
         self._converter = Converter(store, memory, keys=keys)
+        device = memory.device
+        self._staging = Staging(store, device) if device is not None else None
+        self._clock = StepClock(device) if device is not None else None
+        self._through = self._staging or store
+        """What blocks pass through on their way."""
         self._offsets = layout.piece_offsets
         self._lengths = layout.piece_lengths
         self._recorder = store.context.recorder
@@ -218,13 +205,9 @@ class WorkerSide:
         return most is None or 2 * sum(len(save.blocks) for save in plan.saves) <= most
 
     def save_step(self, plan: StepPlan) -> None:
-        """Save what the step has completed and finish its layer-wise loads.
-
-        On the host the forward pass has ended here, so this is what the step took.
-        """
+        """Save what the step has completed and finish its layer-wise loads."""
         if plan.tokens >= _MANY_TOKENS and self._layer_loads is None:
-            seconds = time.monotonic() - self._step_began
-            self._result.report.computed = Observed(plan.tokens, seconds, plan.token_pairs)
+            self._observe(plan)
         failed = self._finish_layer_loads()
         for save in plan.saves:
             if failed:
@@ -233,6 +216,14 @@ class WorkerSide:
                 self._ended_save(save.serial)
             elif save.serial not in self._saves:
                 self._save(save, slice(None))
+
+    def _observe(self, plan: StepPlan) -> None:
+        """Note what a step takes: on the host it has ended, a device may have it to do."""
+        if self._clock is not None:
+            self._clock.ends(self._step_began, plan.tokens, plan.token_pairs)
+            return
+        seconds = time.monotonic() - self._step_began
+        self._result.report.computed.add(Observed(plan.tokens, seconds, plan.token_pairs))
 
     def end_step(self, plan: StepPlan) -> StepResult:
         """Return what has ended since the last step."""
@@ -244,6 +235,8 @@ class WorkerSide:
             if all(task.done() for task in save.tasks) or now > save.deadline:
                 del self._saves[serial]
                 self._settle_save(serial, save, reason="timeout")
+        if self._clock is not None:
+            self._result.report.computed.add(self._clock.take())
         result, self._result = self._result, StepResult()
         return result
 
@@ -251,6 +244,10 @@ class WorkerSide:
         """Finish the saves within their time and close the store."""
         if not self._converter.close(_CLOSE_S):
             logger.warning("a load of another layout's blocks hangs and is left behind")
+        if self._clock is not None:
+            self._clock.close()
+        if self._staging is not None and not self._staging.close(self._options.save_timeout_s):
+            logger.warning("a transfer with the device hangs and is left behind")
         self._store.close(timeout_s=self._options.save_timeout_s)
 
     # Loads.
@@ -273,7 +270,7 @@ class WorkerSide:
         if len(rest):
             try:
                 own = plan.some(rest) if len(rest) < len(plan.blocks) else plan
-                task = self._store.load(self._batch(own), owners=self._memory.owners)
+                task = self._through.load(self._batch(own), owners=self._memory.owners)
             except UcmError:
                 for part in parts:
                     part.task.cancel()
@@ -300,7 +297,7 @@ class WorkerSide:
         try:
             for layer in range(self._layers if len(rest) else 0):
                 batch = self._batch(whole.some(rest), self._pieces(layer))
-                layers.append(self._store.load(batch, owners=self._memory.owners))
+                layers.append(self._through.load(batch, owners=self._memory.owners))
         except UcmError as error:
             self._log("load", error)
             refused = _status_of(error)
@@ -366,7 +363,7 @@ class WorkerSide:
             deadline = now + self._options.save_timeout_s
             save = self._saves[plan.serial] = _Save([], len(plan.blocks), now, deadline)
         try:
-            task = self._store.dump(self._batch(plan, pieces), owners=self._memory.owners)
+            task = self._through.dump(self._batch(plan, pieces), owners=self._memory.owners)
             save.tasks.append(task)
         except UcmError as error:
             self._log("dump", error)

@@ -7,12 +7,21 @@ reused at once, loads may be asynchronous, failed blocks are computed.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from ucm_sdk.connector import KVMemory, ScheduledRequest, SchedulerSide, WorkerSide, load_config
+from ucm_sdk.connector import (
+    EngineDevice,
+    KVMemory,
+    ScheduledRequest,
+    SchedulerSide,
+    WorkerSide,
+    load_config,
+)
 from ucm_sdk.hashing import Namespace
 from ucm_sdk.layout import KVLayout
 from ucm_sdk.store import StoreContext, open_store
@@ -25,6 +34,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MOST_STEPS: Final = 20_000
+
+
+def _zeros(size: int) -> NDArray[np.uint8]:
+    return np.zeros(size, np.uint8)
 
 
 @dataclass(slots=True)
@@ -55,12 +68,19 @@ class ScriptedEngine:
         blocks: int = 64,
         block_tokens: int = 4,
         tokens_per_step: int = 10,
+        device: EngineDevice | None = None,
+        allocate: Callable[[int], NDArray[np.uint8]] = _zeros,
     ) -> None:
-        """Start on ``config``, the same as an operator's; ``blocks`` is the size of the pool."""
+        """Start on ``config``, the same as an operator's; ``blocks`` is the size of the pool.
+
+        The pool is so many bytes of ``allocate``'s: memory of ``device``, which Python reaches.
+        """
         self.block_tokens = block_tokens
         self._config = dict(config)
         self._block_count = blocks
         self._tokens_per_step = tokens_per_step
+        self._device = device
+        self._allocate = allocate
         self.metrics = Increments()
         self._start()
 
@@ -83,12 +103,14 @@ class ScriptedEngine:
             attention="full",
             salt=ucm.salt,
         )
-        self._memory = np.zeros((self.layers, self._block_count, size), np.uint8)
+        shape = self.layers, self._block_count, size
+        self._memory = self._allocate(math.prod(shape)).reshape(shape)
         memory = KVMemory(
             bases=self._memory.ctypes.data
             + np.arange(self.layers, dtype=np.uint64) * np.uint64(self._memory.strides[0]),
             strides=np.full(self.layers, self._memory.strides[1], np.uint64),
             owners=self._memory,
+            device=self._device,
         )
         self._recorders = [Recorder(), Recorder()]
         contexts = [StoreContext(namespace, layout, recorder=r) for r in self._recorders]

@@ -13,6 +13,7 @@ connector's configuration asks for none of them.
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -34,8 +35,9 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from ucm_sdk.connector import UcmConfig, load_config
 from ucm_sdk.errors import ConfigError
 from ucm_vllm.blend import BlendPass
-from ucm_vllm.pages import TRANSPOSED_KEYS
+from ucm_vllm.pages import TRANSPOSED_KEYS, LayerPages
 from ucm_vllm.pool import ManagedSpec, StreamedSpec
+from ucm_vllm.sparse import BatchRows
 
 CONNECTORS = ("UcmConnector", "KVStoreConnector")
 
@@ -102,8 +104,31 @@ class SparseAttentionImpl(HookedAttentionImpl):
         """See ``HookedAttentionImpl``."""
         if (sparse := _of_connector("sparse")) is not None:
             name = call.layer.layer_name
-            metadata = sparse.rewrite(name, call.query, call.kv_cache, metadata)
+            pages = LayerPages(call.kv_cache)
+            rows = functools.partial(_rows, name, call.kv_cache, metadata, sparse.block_tokens)
+            if (found := sparse.choose(name, call.query, pages, metadata, rows)) is not None:
+                builder: Any = metadata.ucm_builder
+                metadata = builder.with_tables(metadata, *map(torch.from_numpy, found))
         return self.plain(call, metadata)
+
+
+def _rows(
+    layer_name: str, kv_cache: torch.Tensor, metadata: CPUAttentionMetadata, block_tokens: int
+) -> BatchRows:
+    """Return a step's rows; raises ``ConfigError`` for pages whose keys cannot be read."""
+    isa = metadata.ucm_builder.isa
+    if isa not in TRANSPOSED_KEYS or kv_cache.shape[2] != block_tokens:
+        msg = (
+            f"sparse attention cannot read the keys of layer {layer_name}: pages of "
+            f"{kv_cache.shape[2]} tokens for instruction set {isa!r}; use --dtype float32 and "
+            "a block size that is a multiple of 32"
+        )
+        raise ConfigError(msg)
+    return BatchRows(
+        metadata.query_start_loc.numpy(),
+        metadata.seq_lens.tolist(),
+        metadata.block_table.numpy(),
+    )
 
 
 class PositionAttentionImpl(HookedAttentionImpl):

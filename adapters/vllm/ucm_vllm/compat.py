@@ -4,57 +4,109 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Final, overload
 
-import torch
 import vllm
-from vllm.config import VllmConfig
-from vllm.platforms import current_platform
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from ucm_sdk.errors import ConfigError
 
-OLDEST: Final = (0, 32)
-NEWEST_TESTED: Final = (0, 32)
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
+
+    from ucm_sdk.connector import UcmConfig
+
+TESTED: Final = ((0, 23), (0, 32))
+"""Versions that the tests run: the first with vLLM-Ascend, the second with vLLM's CPU backend."""
 
 
 def check_version(version: str | None = None) -> str | None:
     """Refuse a vLLM that is too old; returns a warning for one that was not tested, else None."""
     text = vllm.__version__ if version is None else version
     match = re.match(r"(\d+)\.(\d+)", text)
+    tested = " and ".join(f"{major}.{minor}" for major, minor in TESTED)
     if match is None:
-        return f"vLLM {text}: unknown version; tested with {_dotted(NEWEST_TESTED)}"
+        return f"vLLM {text}: unknown version; tested are {tested}"
     found = (int(match[1]), int(match[2]))
-    if found < OLDEST:
-        msg = f"vLLM {text} is too old for ucm_vllm: use {_dotted(OLDEST)} or later"
+    if found < TESTED[0]:
+        msg = f"vLLM {text} is too old for ucm_vllm: use {tested.split()[0]} or later"
         raise ConfigError(msg)
-    if found > NEWEST_TESTED:
-        return f"vLLM {text} is newer than {_dotted(NEWEST_TESTED)}, the latest tested version"
+    if found not in TESTED:
+        return f"vLLM {text} was not tested; tested are {tested}"
     return None
 
 
-def _dotted(version: tuple[int, int]) -> str:
-    return f"{version[0]}.{version[1]}"
+def check_features(ucm: UcmConfig) -> None:
+    """Refuse what this version has no door for."""
+    if hasattr(KVConnectorBase_V1, "bind_kv_cache_manager"):
+        return
+    asked = {
+        "sparse.offload": ucm.sparse is not None and ucm.sparse.offload,
+        "prefill_offload": ucm.prefill_offload is not None,
+        "blend": ucm.blend is not None,
+    }
+    for name, wanted in asked.items():
+        if wanted:
+            msg = f"{name}: vLLM {vllm.__version__} does not let a connector at its pool; use 0.32"
+            raise ConfigError(msg)
 
 
-def check_device() -> None:
-    """Refuse devices whose memory the SDK cannot reach yet."""
-    if not current_platform.is_cpu():
-        msg = (
-            f"ucm_vllm serves vLLM's CPU platform only so far, not {current_platform.device_name}: "
-            "start without kv_connector=UcmConnector"
-        )
-        raise ConfigError(msg)
+class BlockTables:
+    """Requests' block numbers at the scheduler.
 
-
-def packing(config: VllmConfig, *, dtype: torch.dtype, block_tokens: int, head_size: int) -> str:
-    """Return how vLLM's CPU kernels order values in a page, as ``ucm_sdk.packing`` writes it.
-
-    A page holds, per head, K transposed as [head_size, tokens] and V as [tokens, head_size].
-    Other instruction sets tile both in ways of their own, which have a name only.
+    Some versions are asked for them, others only tell what is new in a step.
     """
-    from vllm.v1.attention.backends.cpu_attn import (
-        _get_attn_isa,
-    )
 
-    kernel = _get_attn_isa(dtype, block_tokens, head_size, config.cache_config.cache_dtype)
-    return "l.h|k=d.t|v=t.d" if kernel in {"vec", "vec16"} else f"vllm-cpu/{kernel}"
+    def __init__(self) -> None:
+        """Begin without requests."""
+        self._kept: dict[str, list[int]] = {}
+        self._state: KVConnectorBlockState | None = None
+
+    def plan(self, output: SchedulerOutput) -> None:
+        """Take a step's; called once a step, before ``of``."""
+        self._state = getattr(output, "kv_connector_block_state", None)
+        if self._state is not None:
+            return
+        for new in output.scheduled_new_reqs:
+            self._kept[new.req_id] = list(new.block_ids[0])
+        cached = output.scheduled_cached_reqs
+        for id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if id in cached.resumed_req_ids:
+                self._kept[id] = []
+            if blocks is not None:
+                self._kept.setdefault(id, []).extend(blocks[0])
+
+    def of(self, request_id: str) -> Sequence[int]:
+        """Return a request's block numbers in the order of its tokens."""
+        if self._state is not None:
+            return _Asked(self._state, request_id)
+        return self._kept.get(request_id, [])
+
+    def forget(self, request_id: str) -> None:
+        """Let go of a request that has ended."""
+        self._kept.pop(request_id, None)
+
+
+class _Asked(Sequence[int]):
+    """A request's block numbers, asked of vLLM when they are needed: most steps need none."""
+
+    def __init__(self, state: KVConnectorBlockState, request_id: str) -> None:
+        self._state = state
+        self._request_id = request_id
+
+    @cached_property
+    def _numbers(self) -> list[int]:
+        groups = self._state.get_block_ids(self._request_id)
+        return groups[0] if groups is not None else []
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        return self._numbers[index]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +74,7 @@ class UcmConnector(KVConnectorBase_V1):
         transfer_config.kv_load_failure_policy = ucm.load_failure
         if (warning := compat.check_version()) is not None:
             logger.warning(warning)
+        compat.check_features(ucm)
         self._scheduler: VllmScheduler | None = None
         self._worker: VllmWorker | None = None
         if role == KVConnectorRole.SCHEDULER:
@@ -109,6 +111,7 @@ class UcmConnector(KVConnectorBase_V1):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """Return what the workers do in this step."""
+        self._at_scheduler.tables.plan(scheduler_output)
         # Slots that are given out are memory that the step's transfers must leave alone.
         sparse = self._at_scheduler.plan_sparse(scheduler_output)
         return UcmMetadata(self._at_scheduler.plan_step(scheduler_output), sparse)
@@ -154,8 +157,10 @@ class UcmConnector(KVConnectorBase_V1):
         """Take the model, which vLLM tells its worker only: see ``UcmCPUWorker``."""
         self._at_worker.bind(model)
 
-    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Take the engine's KV memory."""
+    def register_kv_caches(
+        self, kv_caches: dict[str, torch.Tensor | Sequence[torch.Tensor]]
+    ) -> None:
+        """Take the engine's KV memory, of each layer one tensor or several."""
         self._at_worker.register(kv_caches)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -11,11 +12,10 @@ from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAttentionSpec
 
 from ucm_sdk import KVLayout, KVStoreBase, Namespace, StoreContext, open_store
-from ucm_sdk.connector import KVMemory, UcmConfig
+from ucm_sdk.connector import EngineDevice, KVMemory, UcmConfig
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.model_identity import config_digest, find_model, model_identity, rope_parameters
-from ucm_vllm import compat
-from ucm_vllm.pool import ManagedSpec, StreamedSpec
+from ucm_vllm.platforms import platform
 
 
 def _refuse(what: str) -> NoReturn:
@@ -25,7 +25,7 @@ def _refuse(what: str) -> NoReturn:
 
 def check_supported(config: VllmConfig, kv_config: KVCacheConfig) -> FullAttentionSpec:
     """Return the KV spec of a model that this adapter serves; raises ``ConfigError`` for others."""
-    compat.check_device()
+    served = platform().specs
     parallel = config.parallel_config
     for name in (
         "pipeline_parallel_size",
@@ -42,8 +42,7 @@ def check_supported(config: VllmConfig, kv_config: KVCacheConfig) -> FullAttenti
             f"({', '.join(kinds)})"
         )
     spec = groups[0].kv_cache_spec
-    served = {FullAttentionSpec, MLAAttentionSpec, ManagedSpec, StreamedSpec}
-    if type(spec) not in served or spec.non_causal:
+    if type(spec) not in served or getattr(spec, "non_causal", False):
         _refuse(f"ucm_vllm serves causal full attention, not {type(spec).__name__}")
     for name in ("sliding_window", "attention_chunk_size"):
         if getattr(spec, name) is not None:
@@ -63,22 +62,18 @@ def make_layout(config: VllmConfig, kv_config: KVCacheConfig) -> KVLayout:
     ranks = config.parallel_config.tensor_parallel_size
     mla = isinstance(spec, MLAAttentionSpec)
     heads = 1 if mla else config.model_config.get_total_num_kv_heads()
-    packing = compat.packing(
-        config,
-        dtype=config.model_config.dtype,
-        block_tokens=spec.block_size,
-        head_size=spec.head_size,
-    )
+    page = platform().page(config, spec)
     return KVLayout(
         block_tokens=spec.block_size,
-        piece_bytes=(spec.real_page_size_bytes,) * layers,
+        piece_bytes=page.sizes * layers,
         kv_heads=spec.num_kv_heads,
-        head_size=spec.head_size,
+        head_size=page.head_size,
         dtype=dtype_name(spec.dtype),
-        packing=packing,
+        packing=page.packing,
         shards=ranks,
         # More ranks than heads hold some heads several times.
         replicas=max(1, ranks * spec.num_kv_heads // heads),
+        value_size=page.value_size,
     )
 
 
@@ -127,26 +122,42 @@ def open_shared_store(ucm: UcmConfig, context: StoreContext) -> KVStoreBase:
 
 
 def make_memory(
-    kv_config: KVCacheConfig, layout: KVLayout, caches: dict[str, torch.Tensor]
+    kv_config: KVCacheConfig,
+    layout: KVLayout,
+    caches: dict[str, torch.Tensor | Sequence[torch.Tensor]],
+    device: EngineDevice | None,
 ) -> KVMemory:
-    """Return where the engine's pages lie, in the layout's order of layers."""
+    """Return where the engine's pages lie, in the layout's order of pieces."""
+    names = kv_config.kv_cache_groups[0].layer_names
+    per_layer = len(layout.piece_bytes) // len(names)
     bases, strides = [], []
-    for name, size in zip(
-        kv_config.kv_cache_groups[0].layer_names, layout.piece_bytes, strict=True
-    ):
-        cache = caches[name]
-        # A kernel may see a block as several smaller ones.
-        parts, rest = divmod(cache.shape[0], kv_config.num_blocks)
-        page_bytes = cache[0].numel() * cache.element_size() * parts
-        stride = cache.stride(0) * cache.element_size() * parts
-        whole = cache[0].is_contiguous() and (parts == 1 or cache.is_contiguous())
-        if rest or page_bytes != size or not whole or cache.device.type != "cpu":
-            _refuse(
-                f"KV of layer {name} has shape {tuple(cache.shape)} and strides {cache.stride()} "
-                f"on {cache.device}, which is not {kv_config.num_blocks} pages of {size} bytes"
-            )
-        bases.append(cache.data_ptr())
-        strides.append(stride)
+    for number, name in enumerate(names):
+        found = caches[name]
+        tensors = (found,) if isinstance(found, torch.Tensor) else tuple(found)
+        sizes = layout.piece_bytes[number * per_layer : (number + 1) * per_layer]
+        if len(tensors) != per_layer:
+            _refuse(f"KV of layer {name} is in {len(tensors)} tensors, not {per_layer}")
+        for tensor, size in zip(tensors, sizes, strict=True):
+            bases.append(tensor.data_ptr())
+            strides.append(_page_stride(tensor, size, kv_config.num_blocks, name))
     return KVMemory(
-        np.array(bases, np.uint64), np.array(strides, np.uint64), owners=list(caches.values())
+        np.array(bases, np.uint64),
+        np.array(strides, np.uint64),
+        owners=list(caches.values()),
+        pieces_per_layer=per_layer,
+        device=device,
     )
+
+
+def _page_stride(tensor: torch.Tensor, size: int, blocks: int, name: str) -> int:
+    """Return the bytes from a block's page to the next; refuses what is not whole pages."""
+    # A kernel may see a block as several smaller ones.
+    parts, rest = divmod(size, tensor[0].numel() * tensor.element_size())
+    whole = tensor[0].is_contiguous() and (parts <= 1 or tensor.is_contiguous())
+    here = tensor.device.type == platform().tensors
+    if rest or not parts or tensor.shape[0] != blocks * parts or not whole or not here:
+        _refuse(
+            f"KV of layer {name} has shape {tuple(tensor.shape)} and strides {tensor.stride()} "
+            f"on {tensor.device}, which is not {blocks} pages of {size} bytes"
+        )
+    return int(tensor.stride(0)) * int(tensor.element_size()) * parts

@@ -37,12 +37,12 @@ class LayerPages:
         numbers = table[: -(-tokens // self._tokens)]
         return Pages(self._cache.data_ptr(), page, head, numbers, self._tokens, self._size)
 
-    def all_keys(self) -> NDArray[Any]:
-        """Return all keys ``[pages, H, B, d]``; bfloat16 as its bits."""
+    def pages_of(self, blocks: NDArray[np.int32]) -> tuple[NDArray[Any], NDArray[np.int32]]:
+        """Return all pages' keys ``[pages, H, B, d]``, bfloat16 as its bits, and ``blocks``."""
         keys = self._keys
         memory = keys.view(torch.uint16) if keys.dtype == torch.bfloat16 else keys
         found: NDArray[Any] = memory.numpy().swapaxes(2, 3)
-        return found
+        return found, blocks
 
     def keys(self, blocks: NDArray[np.int64]) -> NDArray[Any]:
         """Return a copy ``[n, H, B, d]`` of some pages' keys; float32 of bfloat16."""

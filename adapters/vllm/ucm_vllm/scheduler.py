@@ -6,9 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 from ucm_sdk import StoreContext
 from ucm_sdk.connector import (
@@ -26,6 +24,7 @@ from ucm_sdk.connector import (
 )
 from ucm_sdk.errors import ArgumentError, ConfigError
 from ucm_sdk.telemetry import Increments, Recorder
+from ucm_vllm.compat import BlockTables
 from ucm_vllm.layout import make_layout, make_namespace, open_shared_store
 from ucm_vllm.pool import PoolManager
 
@@ -34,36 +33,13 @@ if TYPE_CHECKING:
 
     from vllm.config import VllmConfig
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
-    from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
     from ucm_sdk.connector import UcmConfig
 
 logger = logging.getLogger(__name__)
-
-
-class _Blocks(Sequence[int]):
-    """A request's block numbers, asked of vLLM when they are needed: most steps need none."""
-
-    def __init__(self, state: KVConnectorBlockState, request_id: str) -> None:
-        self._state = state
-        self._request_id = request_id
-
-    @cached_property
-    def _numbers(self) -> list[int]:
-        groups = self._state.get_block_ids(self._request_id)
-        return groups[0] if groups is not None else []
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    @overload
-    def __getitem__(self, index: int) -> int: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[int]: ...
-    def __getitem__(self, index: int | slice) -> int | list[int]:
-        return self._numbers[index]
 
 
 def _extra(request: Request) -> bytes:
@@ -115,6 +91,7 @@ class VllmScheduler:
         self._recorder = context.recorder
         self._load_async = ucm.connector.load_mode == "async"
         self._requests: dict[str, Request] = {}
+        self.tables = BlockTables()
         self._sparse = ucm.sparse
         self._block_tokens = context.layout.block_tokens
         self._lease_s = ucm.connector.lease_s
@@ -260,7 +237,7 @@ class VllmScheduler:
                 tokens=request.all_token_ids if request is not None else (),
                 computed_tokens=computed[id],
                 scheduled_tokens=scheduled_tokens,
-                blocks=_Blocks(output.kv_connector_block_state, id),
+                blocks=self.tables.of(id),
             )
 
     def update(self, report: WorkerReport) -> None:
@@ -270,6 +247,7 @@ class VllmScheduler:
     def finished(self, request: Request) -> dict[str, Any] | None:
         """Forget a request; what is returned goes to whoever asked to go on with it."""
         found = None
+        self.tables.forget(request.request_id)
         served = self._requests.pop(request.request_id, None) is not None
         if served and (request.kv_transfer_params or {}).get("do_remote_decode"):
             found = self._side.saving_blocks(request.request_id).to_params()

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 
 from ucm_sdk.connector import DecodeRow, SparseConfig, SparsePlan, SparseWorkerSide
 from ucm_sdk.errors import ConfigError
@@ -22,7 +21,6 @@ from ucm_sdk.sparse import (
     make_method,
 )
 from ucm_sdk.sparse.kernels import known_mass
-from ucm_vllm.pages import TRANSPOSED_KEYS, LayerPages
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,8 +62,30 @@ def make_sparse_method(
     return method
 
 
+@dataclass(frozen=True, slots=True)
+class BatchRows:
+    """The rows of a step's attention metadata; memory of the host, and the engine's."""
+
+    starts: NDArray[np.int32]
+    """First token of each row in the step, and one beyond the last's, ``[rows + 1]``."""
+    lengths: list[int]
+    """Tokens that each row attends to."""
+    tables: NDArray[np.int32]
+    """Block numbers, ``[rows, blocks]``."""
+
+
+class KeyPages(Protocol):
+    """One layer's keys where the engine has them."""
+
+    def keys(self, blocks: NDArray[np.int64]) -> NDArray[Any]:
+        """Return a copy ``[n, H, B, d]`` of some pages' keys; float32 of bfloat16."""
+
+    def pages_of(self, blocks: NDArray[np.int32]) -> tuple[NDArray[Any], NDArray[np.int32]]:
+        """Return pages ``[n, H, B, d]``, bfloat16 as its bits, and where ``blocks`` are in them."""
+
+
 class VllmSparse:
-    """Rewrites the attention metadata of each layer."""
+    """Says for each layer which blocks its rows attend to."""
 
     def __init__(
         self,
@@ -93,20 +113,28 @@ class VllmSparse:
         """End the step."""
         self._method.execute_finished([id for _, id in plan.tails])
 
-    def rewrite(
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a block that is chosen or not."""
+        return self._method.geometry.block_tokens
+
+    def choose(
         self,
         layer_name: str,
         query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        metadata: CPUAttentionMetadata,
-    ) -> CPUAttentionMetadata:
-        """Return the metadata that this layer attends by; the step's own is left as it is."""
+        pages: KeyPages,
+        metadata: object,
+        rows: Callable[[], BatchRows],
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]] | None:
+        """Return block tables and lengths that this layer attends by; None for the step's own.
+
+        ``query`` is ``[tokens, heads, d]``; ``metadata`` tells steps apart, and ``rows`` are its.
+        """
         if not self._active:
-            return metadata
+            return None
         if self._step is None or self._step.metadata is not metadata:
-            self._check(layer_name, kv_cache, metadata)
-            self._step = _Step.of(metadata, self._side, self._budget, self._method.geometry)
-        layer, step, pages = self._layers[layer_name], self._step, LayerPages(kv_cache)
+            self._step = _Step.of(metadata, rows(), self._side, self._budget, self.block_tokens)
+        layer, step = self._layers[layer_name], self._step
         self._method.attention_begin(layer)
         for row, computed in step.rows:
             self._side.summarise(
@@ -123,29 +151,15 @@ class VllmSparse:
             known = step.known(queries, pages, self._method.geometry) if votes else None
             tables = self._side.tables(layer, step.decoding, queries, known)
         self._method.attention_finished(layer)
-        if all(table is None for table in tables):
-            return metadata
-        builder: Any = metadata.ucm_builder
-        return builder.with_tables(metadata, *step.changed(tables))
-
-    def _check(
-        self, layer_name: str, kv_cache: torch.Tensor, metadata: CPUAttentionMetadata
-    ) -> None:
-        isa = metadata.ucm_builder.isa
-        if isa not in TRANSPOSED_KEYS or kv_cache.shape[2] != self._method.geometry.block_tokens:
-            msg = (
-                f"sparse attention cannot read the keys of layer {layer_name}: pages of "
-                f"{kv_cache.shape[2]} tokens for instruction set {isa!r}; use --dtype float32 and "
-                "a block size that is a multiple of 32"
-            )
-            raise ConfigError(msg)
+        return None if all(table is None for table in tables) else step.changed(tables)
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
     """What all layers of one step have in common: the rows of requests of the connector's."""
 
-    metadata: CPUAttentionMetadata
+    metadata: object
+    batch: BatchRows
     block_tokens: int
     rows: list[tuple[DecodeRow, int]]
     """Every row, and how many of its tokens had been computed before."""
@@ -165,17 +179,16 @@ class _Step:
     @classmethod
     def of(
         cls,
-        metadata: CPUAttentionMetadata,
+        metadata: object,
+        batch: BatchRows,
         side: SparseWorkerSide,
         budget: SparseBudget,
-        geometry: AttentionGeometry,
+        size: int,
     ) -> _Step:
         """Look the step's rows up."""
-        size = geometry.block_tokens
-        starts = metadata.query_start_loc.numpy()
-        tables = metadata.block_table.numpy()
+        starts, tables = batch.starts, batch.tables
         rows, decoding, numbers, kept, ends, in_last = [], [], [], [], [], []
-        for number, tokens in enumerate(metadata.seq_lens.tolist()):
+        for number, tokens in enumerate(batch.lengths):
             fresh = int(starts[number + 1] - starts[number])
             tail = int(tables[number, (tokens - 1) // size])
             if not fresh or (id := side.request_of(tail)) is None:
@@ -191,6 +204,7 @@ class _Step:
                 in_last.append(tokens - (cut.blocks - 1) * size)
         return cls(
             metadata,
+            batch,
             size,
             rows,
             decoding,
@@ -204,30 +218,31 @@ class _Step:
     def queries(self, query: torch.Tensor, geometry: AttentionGeometry) -> NDArray[np.float32]:
         """Return a copy of the decoding rows' queries, ``[R, H, g, d]``: the memory is vLLM's."""
         shape = (-1, geometry.kv_heads, geometry.group, geometry.head_size)
-        found: NDArray[np.float32] = query[self.last_tokens].float().view(shape).numpy()
+        last = self.last_tokens.to(query.device)
+        found: NDArray[np.float32] = query[last].float().view(shape).cpu().numpy()
         return found
 
     def known(
-        self, queries: NDArray[np.float32], pages: LayerPages, geometry: AttentionGeometry
+        self, queries: NDArray[np.float32], pages: KeyPages, geometry: AttentionGeometry
     ) -> NDArray[np.float32]:
         """Return the log-sum-exp of the scores over sink and recent tokens, ``[R, H, g]``."""
         scaled = queries * np.float32(geometry.score_scale)
-        return known_mass(scaled, pages.all_keys(), self.kept, self.ends, self.in_last)
+        memory, kept = pages.pages_of(self.kept)
+        return known_mass(scaled, memory, kept, self.ends, self.in_last)
 
     def changed(
         self, attended: Sequence[NDArray[np.int32] | None]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return the block table and the lengths of rows that attend to fewer blocks."""
-        tables, lengths = self.metadata.block_table.clone(), self.metadata.seq_lens.clone()
-        table, length = tables.numpy(), lengths.numpy()
+        tables, lengths = self.batch.tables.copy(), np.array(self.batch.lengths, np.int32)
         for number, row, blocks in zip(self.numbers, self.decoding, attended, strict=True):
             if blocks is not None:
-                table[number, : len(blocks)] = blocks
+                tables[number, : len(blocks)] = blocks
                 # The last block keeps its place at the end, and with it what it lacks to be full.
-                length[number] -= (len(row.blocks) - len(blocks)) * self.block_tokens
+                lengths[number] -= (len(row.blocks) - len(blocks)) * self.block_tokens
         return tables, lengths
 
 
-def _keys(pages: LayerPages, table: NDArray[np.int32], blocks: range) -> NDArray[Any]:
+def _keys(pages: KeyPages, table: NDArray[np.int32], blocks: range) -> NDArray[Any]:
     """Return a copy ``[n, H, B, d]`` of the keys of some blocks of a table."""
     return pages.keys(table[blocks.start : blocks.stop : blocks.step].astype(np.int64))

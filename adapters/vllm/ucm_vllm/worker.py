@@ -17,12 +17,10 @@ from ucm_sdk.connector import (
     StepResult,
     WorkerReport,
     WorkerSide,
-    join_team,
 )
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.sparse import SparseKVManager
 from ucm_sdk.telemetry import Increments, Recorder
-from ucm_vllm.attention import UcmCPUBackend
 from ucm_vllm.blend import VllmBlend, check_blend, check_rotation
 from ucm_vllm.layout import (
     check_supported,
@@ -31,12 +29,15 @@ from ucm_vllm.layout import (
     make_namespace,
     open_shared_store,
 )
+from ucm_vllm.platforms import platform
 from ucm_vllm.pool import StreamedSpec
 from ucm_vllm.position import VllmPosition, make_position_method
 from ucm_vllm.sparse import VllmSparse, make_sparse_method
 from ucm_vllm.streaming import VllmLayers, check_host_memory
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -64,14 +65,7 @@ class VllmWorker:
             name: index for index, name in enumerate(kv_config.kv_cache_groups[0].layer_names)
         }
         spec = check_supported(config, kv_config)
-        for name in ("sparse", "prefill_offload", "position", "blend"):
-            if getattr(ucm, name) is not None and UcmCPUBackend.built_for is None:
-                msg = (
-                    f"{name}: vLLM has built its attention without ucm_vllm's; the plugin 'ucm' "
-                    "must be loaded (see VLLM_PLUGINS), and kv_connector must be UcmConnector "
-                    f"itself, not {config.kv_transfer_config.kv_connector}"
-                )
-                raise ConfigError(msg)
+        platform().check(config, ucm)
         if ucm.sparse is not None:
             self._sparse_method = make_sparse_method(ucm.sparse, config, spec, len(self._layers))
         self.position = None
@@ -93,10 +87,10 @@ class VllmWorker:
         self._registered: WorkerSide | None = None
         self._result = StepResult()
 
-    def register(self, caches: dict[str, torch.Tensor]) -> None:
+    def register(self, caches: dict[str, torch.Tensor | Sequence[torch.Tensor]]) -> None:
         """Take the KV memory that vLLM has allocated; the thread that does runs the model."""
-        join_team()
-        memory = make_memory(self._kv_config, self._context.layout, caches)
+        device = platform().take_thread()
+        memory = make_memory(self._kv_config, self._context.layout, caches, device)
         if self._device_layers:
             self.layers = VllmLayers(
                 self._context.layout,

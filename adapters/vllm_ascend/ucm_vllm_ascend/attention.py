@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: MIT
+"""Sparse attention on NPUs.
+
+vLLM-Ascend chooses its attention backend itself and takes the implementation from the backend's
+``get_impl_cls``, which is the place for another one.  That one gives the layer's attention other
+block tables and lengths; the operators are vLLM-Ascend's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+from vllm_ascend.attention.attention_v1 import (
+    AscendAttentionBackend,
+    AscendAttentionBackendImpl,
+    AscendAttentionState,
+    AscendMetadata,
+)
+
+from ucm_sdk.errors import ConfigError
+from ucm_vllm.attention import ucm_config
+from ucm_vllm.sparse import BatchRows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from ucm_sdk.connector import SparseConfig
+
+_PAGED = frozenset({AscendAttentionState.DecodeOnly, AscendAttentionState.ChunkedPrefill})
+"""Steps whose rows that decode read their KV by block tables."""
+
+
+class LayerKeys:
+    """One layer's keys ``[blocks, B, H, d]`` on the device."""
+
+    def __init__(self, keys: torch.Tensor) -> None:
+        """Look at ``keys``."""
+        self._keys = keys
+
+    def keys(self, blocks: NDArray[np.int64]) -> NDArray[Any]:
+        """Return a copy ``[n, H, B, d]`` of some blocks' keys, float32."""
+        some = self._keys[torch.from_numpy(blocks).to(self._keys.device)]
+        found: NDArray[Any] = some.float().cpu().numpy().swapaxes(1, 2)
+        return found
+
+    def pages_of(self, blocks: NDArray[np.int32]) -> tuple[NDArray[Any], NDArray[np.int32]]:
+        """Return copies of just these blocks' keys ``[n, H, B, d]``, and their places in them."""
+        return self.keys(blocks.astype(np.int64)), np.arange(len(blocks), dtype=np.int32)
+
+
+class SparseAscendImpl(AscendAttentionBackendImpl):
+    """Attention with the block tables that the connector's worker side makes."""
+
+    def forward(self, layer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Attend as vLLM-Ascend does, with what ``forward_impl`` needs of the layer."""
+        self._ucm_layer = layer.layer_name
+        return super().forward(layer, *args, **kwargs)
+
+    def forward_impl(  # noqa: PLR0917 - vLLM-Ascend's signature
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: tuple[torch.Tensor, ...],
+        attn_metadata: AscendMetadata,
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attend once the step's keys and values have been written."""
+        metadata = self._chosen(query, attn_metadata)
+        return super().forward_impl(query, key, value, kv_cache, metadata, output)
+
+    def _chosen(self, query: torch.Tensor, metadata: AscendMetadata) -> AscendMetadata:
+        sparse = None
+        if has_kv_transfer_group():
+            sparse = getattr(get_kv_transfer_group(), "sparse", None)
+        if sparse is None or self.key_cache is None:
+            return metadata
+        if self.key_cache.shape[1] != sparse.block_tokens:
+            msg = (
+                f"sparse: blocks of {sparse.block_tokens} tokens, which the kernel sees as several "
+                f"of {self.key_cache.shape[1]}; start vLLM with --block-size "
+                f"{self.key_cache.shape[1]}"
+            )
+            raise ConfigError(msg)
+        keys, rows = LayerKeys(self.key_cache), functools.partial(_rows, metadata)
+        found = sparse.choose(self._ucm_layer, query, keys, metadata, rows)
+        if found is None or metadata.attn_state not in _PAGED:
+            return metadata
+        tables, lengths = found
+        changed = copy.copy(metadata)
+        changed.block_tables = torch.from_numpy(tables).to(metadata.block_tables.device)
+        changed.seq_lens = torch.from_numpy(lengths).to(metadata.seq_lens)
+        changed.seq_lens_list = lengths.tolist()
+        return changed
+
+
+def _rows(metadata: AscendMetadata) -> BatchRows:
+    # The list is padded for graphs: rows without tokens of their own.
+    rows = len(metadata.seq_lens_list)
+    ends = list(metadata.actual_seq_lengths_q)[:rows]
+    return BatchRows(
+        np.array([0, *ends], np.int32), list(metadata.seq_lens_list), _host(metadata.block_tables)
+    )
+
+
+def _host(tables: torch.Tensor) -> NDArray[np.int32]:
+    found: NDArray[np.int32] = tables.to(torch.int32).cpu().numpy()
+    return found
+
+
+class _Seam:
+    """Where vLLM-Ascend asks for its implementation."""
+
+    original: ClassVar[Callable[[], type[AscendAttentionBackendImpl]] | None] = None
+    built: ClassVar[bool] = False
+    """Whether the engine that was built last has ours."""
+
+
+def get_impl_cls() -> type[AscendAttentionBackendImpl]:
+    """Return the implementation for the engine that is being built."""
+    assert _Seam.original is not None, "register() comes first"
+    theirs = _Seam.original()
+    asked = ucm_config(get_current_vllm_config_or_none())
+    _Seam.built = (
+        asked is not None and asked.sparse is not None and theirs is AscendAttentionBackendImpl
+    )
+    return SparseAscendImpl if _Seam.built else theirs
+
+
+def check(config: VllmConfig, sparse: SparseConfig) -> None:
+    """Refuse what sparse attention cannot do here; raises ``ConfigError``."""
+    if sparse.offload:
+        msg = "sparse.offload=true: works on vLLM's CPU backend only so far; set it to false"
+        raise ConfigError(msg)
+    if config.model_config.use_mla:
+        msg = "sparse: works with full attention on NPUs, not with MLA; leave it out"
+        raise ConfigError(msg)
+    if config.compilation_config.cudagraph_mode.has_full_cudagraphs():
+        msg = (
+            "sparse: a full graph is replayed without asking what to attend to; start vLLM with "
+            "--enforce-eager or cudagraph_mode=PIECEWISE"
+        )
+        raise ConfigError(msg)
+    if not _Seam.built:
+        msg = (
+            "sparse: vLLM-Ascend has built its attention without ucm_vllm_ascend's; the plugin "
+            "'ucm_ascend' must be loaded (see VLLM_PLUGINS), and context parallelism must be off"
+        )
+        raise ConfigError(msg)
+
+
+def register() -> None:
+    """Take the seam; a process may do it twice."""
+    if _Seam.original is None:
+        _Seam.original = AscendAttentionBackend.get_impl_cls
+        AscendAttentionBackend.get_impl_cls = staticmethod(get_impl_cls)
