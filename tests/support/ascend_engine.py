@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from vllm.config import KVTransferConfig, VllmConfig
+from vllm.config import KVTransferConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
@@ -38,7 +38,11 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
-from vllm_ascend.attention.attention_v1 import AscendAttentionBackend
+from vllm_ascend.attention.attention_v1 import (
+    AscendAttentionBackend,
+    AscendAttentionState,
+    AscendMetadata,
+)
 from vllm_ascend.attention.mla_v1 import AscendMLABackend
 from vllm_ascend.core.kv_cache_interface import AscendMLAAttentionSpec
 from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
@@ -128,13 +132,13 @@ def make_config(kind: str, model: Path, ucm: dict[str, Any], **arguments: Any) -
     return args.create_engine_config()
 
 
-def make_spec(kind: str) -> FullAttentionSpec:
+def make_spec(kind: str, block: int) -> FullAttentionSpec:
     """Return a layer's KV cache spec, as vLLM-Ascend's model runner makes it."""
     if kind == "mha":
-        return FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=64, dtype=DTYPE)
+        return FullAttentionSpec(block_size=block, num_kv_heads=2, head_size=64, dtype=DTYPE)
     sizes = SIZES[kind]
     return AscendMLAAttentionSpec(
-        block_size=BLOCK,
+        block_size=block,
         num_kv_heads=1,
         head_size=sum(sizes),
         dtype=DTYPE,
@@ -175,6 +179,9 @@ class Runner(NPUModelRunner):
 class AscendEngine:
     """An engine with one worker, over a model whose KV anybody can say."""
 
+    build: Callable[[VllmConfig], None] = staticmethod(lambda _: None)
+    """Builds the model."""
+
     def __init__(
         self,
         kind: str,
@@ -186,9 +193,10 @@ class AscendEngine:
         **arguments: Any,
     ) -> None:
         self.kind, self.sizes = kind, SIZES[kind]
-        model = make_model(kind, folder / "model")
+        model = make_model(kind, folder / f"model-{kind}")
         self.config = config = make_config(kind, model, ucm, **arguments)
-        spec = make_spec(kind)
+        spec = make_spec(kind, config.cache_config.block_size)
+        self.block = spec.block_size
         specs = dict.fromkeys(NAMES, spec)
         room = spec.page_size_bytes * LAYERS * blocks
         worker_config = get_kv_cache_configs(config, [specs], [room])[0]
@@ -199,15 +207,16 @@ class AscendEngine:
             vllm_config=config,
             kv_cache_config=kv_config,
             structured_output_manager=StructuredOutputManager(config),
-            block_size=BLOCK,
+            block_size=self.block,
         )
+        self.build(config)
         self.connector = KVConnectorFactory.create_connector(
             config, KVConnectorRole.WORKER, worker_config
         )
         self.caches = Runner(kind, config, device).allocate(worker_config)
         self.connector.register_kv_caches(self.caches)
         init_none_hash(sha256)
-        self._hasher = get_request_block_hasher(BLOCK, sha256)
+        self._hasher = get_request_block_hasher(self.block, sha256)
         self.tables: dict[str, list[int]] = {}
         self.requests: dict[str, Request] = {}
         self._done: dict[str, int] = {}
@@ -264,8 +273,7 @@ class AscendEngine:
         ):
             for layer, name in enumerate(NAMES):
                 self.connector.wait_for_layer_load(name)
-                for id, count in output.num_scheduled_tokens.items():
-                    self._compute(id, count, layer)
+                self._layer(layer, output.num_scheduled_tokens)
                 self.connector.save_kv_layer(name, list(self.caches[name]), None)
         ids = list(output.num_scheduled_tokens)
         return ModelRunnerOutput(
@@ -293,12 +301,16 @@ class AscendEngine:
         for id, count in output.num_scheduled_tokens.items():
             self._computed[id] = self._computed.get(id, 0) + count
 
+    def _layer(self, layer: int, scheduled: dict[str, int]) -> None:
+        for id, count in scheduled.items():
+            self._compute(id, count, layer)
+
     def _compute(self, id: str, count: int, layer: int) -> None:
         """Look at what is there of a request, and write what the step adds."""
         tokens = list(self.requests[id].all_token_ids)
         first, end = self._done[id], self._done[id] + count
         for position in range(end):
-            block, slot = self.tables[id][position // BLOCK], position % BLOCK
+            block, slot = self.tables[id][position // self.block], position % self.block
             for part, values in enumerate(self.kv(tokens[: position + 1], layer)):
                 at = self.caches[NAMES[layer]][part][block, slot]
                 if position >= first:
@@ -320,3 +332,78 @@ class AscendEngine:
             return []
         digest = hashlib.blake2b(repr(list(request.all_token_ids)).encode(), digest_size=2)
         return [int.from_bytes(digest.digest(), "little") % 1000]
+
+
+class AttendingEngine(AscendEngine):
+    """The same whose layers are vLLM-Ascend's attention, over operators in torch."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        def build(given: VllmConfig) -> None:
+            with set_current_vllm_config(given):
+                implementation = AscendAttentionBackend.get_impl_cls()
+                self.layers = [
+                    implementation(4, 64, 0.125, 2, None, None, "auto", None, "decoder", None)
+                    for _ in NAMES
+                ]
+
+        self.build = build
+        self.outputs: dict[tuple[str, int], torch.Tensor] = {}
+        """Of requests that decode: what each layer gave for their last token."""
+        super().__init__("mha", *args, **kwargs)
+
+    def query(self, prefix: list[int], layer: int) -> torch.Tensor:
+        """Return the query of the last of these tokens, ``[4, 64]``."""
+        generator = np.random.default_rng([layer, len(prefix), *prefix[-2:]])
+        return torch.from_numpy(generator.normal(size=(4, 64))).to(DTYPE)
+
+    def kv(self, prefix: list[int], layer: int) -> Iterator[torch.Tensor]:
+        for part in range(2):
+            generator = np.random.default_rng([part, layer, len(prefix), *prefix[-2:]])
+            yield torch.from_numpy(generator.normal(size=(2, 64))).to(DTYPE)
+
+    def _layer(self, layer: int, scheduled: dict[str, int]) -> None:
+        queries, keys, values, slots, ends, lengths = [], [], [], [], [], []
+        for id, count in scheduled.items():
+            tokens = list(self.requests[id].all_token_ids)
+            for position in range(self._done[id], self._done[id] + count):
+                prefix = tokens[: position + 1]
+                queries.append(self.query(prefix, layer))
+                key, value = self.kv(prefix, layer)
+                keys.append(key)
+                values.append(value)
+                block = self.tables[id][position // self.block]
+                slots.append(block * self.block + position % self.block)
+            ends.append(len(queries))
+            lengths.append(self._done[id] + count)
+        metadata = AscendMetadata(
+            num_actual_tokens=len(queries),
+            block_tables=self._block_tables(scheduled),
+            seq_lens=torch.tensor(lengths, dtype=torch.int32),
+            seq_lens_list=lengths,
+            actual_seq_lengths_q=ends,
+            slot_mapping=torch.tensor(slots, dtype=torch.int32),
+            attn_state=self._state(scheduled),
+        )
+        if layer:
+            # All layers of a step are given the same.
+            metadata = self._metadata
+        self._metadata = metadata
+        q, k, v = (torch.stack(some) for some in (queries, keys, values))
+        named = SimpleNamespace(layer_name=NAMES[layer], _k_scale_float=1.0, _v_scale_float=1.0)
+        output = torch.empty_like(q)
+        self.layers[layer].forward(named, q, k, v, self.caches[NAMES[layer]], metadata, output)
+        for id, end in zip(scheduled, ends, strict=True):
+            self.outputs[id, layer] = output[end - 1]
+
+    def _block_tables(self, scheduled: dict[str, int]) -> torch.Tensor:
+        tables = torch.zeros((len(scheduled), 32), dtype=torch.int32)
+        for row, id in enumerate(scheduled):
+            tables[row, : len(self.tables[id])] = torch.tensor(self.tables[id])
+        return tables
+
+    def _state(self, scheduled: dict[str, int]) -> AscendAttentionState:
+        if all(self._done[id] == 0 for id in scheduled):
+            return AscendAttentionState.PrefillNoCache
+        if all(count == 1 for count in scheduled.values()):
+            return AscendAttentionState.DecodeOnly
+        return AscendAttentionState.ChunkedPrefill

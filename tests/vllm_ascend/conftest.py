@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+# ruff: noqa: E402 - some imports must come before others
 """Run by ``python tools/with_ascend.py -m pytest tests/vllm_ascend``.
 
 No machine that runs these tests has an NPU: see ``ascend_engine`` for what stands in.
@@ -19,12 +20,14 @@ os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVE
 
 import ucm_vllm
 import ucm_vllm_ascend
+
 # vLLM-Ascend's modules import each other, which works out from here only.
 importlib.import_module("vllm_ascend.ops")
 
-from ascend_engine import AscendEngine
-from stand_in_device import StandInDevice
 from vllm.distributed import parallel_state
+
+from ascend_engine import AscendEngine, AttendingEngine
+from stand_in_device import StandInDevice
 from ucm_vllm_ascend.platform import AscendPlatform
 
 StartEngine = Callable[..., AscendEngine]
@@ -54,7 +57,10 @@ def start(npu: StandInDevice, tmp_path: Path) -> Iterator[StartEngine]:
 
     def start_one(kind: str, ucm: dict[str, Any] | None = None, **options: Any) -> AscendEngine:
         config = {"store": store, "connector": {"load_when": "always"}} | (ucm or {})
-        engines.append(AscendEngine(kind, tmp_path, config, npu, **options))
+        if kind == "attending":
+            engines.append(AttendingEngine(tmp_path, config, npu, **options))
+        else:
+            engines.append(AscendEngine(kind, tmp_path, config, npu, **options))
         return engines[-1]
 
     yield start_one

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: MIT
+"""Sparse attention by vLLM-Ascend's own implementation, over operators in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch_npu
+
+from ascend_engine import BLOCK, AttendingEngine
+from ucm_sdk.errors import ConfigError
+
+Start = Callable[..., AttendingEngine]
+BLOCKS = 10
+PROMPT = [(7 * n) % 997 for n in range(BLOCKS * BLOCK + 30)]
+SHORT = [(5 * n + 3) % 997 for n in range(BLOCK + 9)]
+ENGINE = {"blocks": 34, "max_model_len": 2048}
+
+
+def sparse(**budget: Any) -> dict[str, Any]:
+    return {"sparse": {"method": "quest", "budget": {"min_tokens": 0, "ratio": 0.3} | budget}}
+
+
+def serve(engine: AttendingEngine, **prompts: list[int]) -> dict[tuple[str, int], torch.Tensor]:
+    for id, prompt in prompts.items():
+        engine.submit(id, prompt, 3)
+    engine.run()
+    return engine.outputs
+
+
+def wanted(engine: AttendingEngine, id: str, layer: int, positions: list[int]) -> torch.Tensor:
+    """Attention of a request's last computed token to some tokens, by their own KV."""
+    tokens = list(engine.requests[id].all_token_ids)[:-1]
+    found = [tuple(engine.kv(tokens[: at + 1], layer)) for at in positions]
+    keys, values = (torch.stack(part) for part in zip(*found, strict=True))
+    query = engine.query(tokens, layer)[None]
+    return torch_npu.attend(query, keys, values, 0.125)[0]
+
+
+@pytest.fixture
+def dense(start: Start) -> dict[tuple[str, int], torch.Tensor]:
+    return serve(start("attending", **ENGINE), long=PROMPT, short=SHORT)
+
+
+def test_a_full_budget_is_dense_attention(
+    start: Start, dense: dict[tuple[str, int], torch.Tensor]
+) -> None:
+    found = serve(start("attending", sparse(ratio=1.0), **ENGINE), long=PROMPT, short=SHORT)
+    assert found.keys() == dense.keys()
+    for row, output in found.items():
+        assert torch.equal(output, dense[row]), row
+
+
+def test_a_request_that_decodes_attends_to_what_was_chosen(
+    start: Start, dense: dict[tuple[str, int], torch.Tensor]
+) -> None:
+    engine = start("attending", sparse(), **ENGINE)
+    torch_npu.ATTENDED.clear()
+    found = serve(engine, long=PROMPT, short=SHORT)
+    tokens = engine.requests["long"].num_tokens - 1
+    for layer in range(2):
+        # The last step decodes both requests, the long one first; its layers are the last calls.
+        tables, lengths = torch_npu.ATTENDED[layer - 2]
+        # One of sinks, two of the seven between, two recent and the one that is being filled.
+        assert lengths[0] == 5 * BLOCK + tokens % BLOCK
+        order = engine.tables["long"]
+        blocks = [order.index(int(number)) for number in tables[0, :6]]
+        assert blocks[0] == 0
+        assert blocks[3:] == [8, 9, 10]
+        assert blocks == sorted(blocks)
+        positions = [b * BLOCK + n for b in blocks for n in range(BLOCK)][: lengths[0]]
+        expected = wanted(engine, "long", layer, positions)
+        assert torch.allclose(found["long", layer], expected, atol=2e-2)
+        assert not torch.allclose(found["long", layer], dense["long", layer], atol=2e-2)
+        # The other row of the step is as it was.
+        assert lengths[1] == engine.requests["short"].num_tokens - 1
+        assert torch.equal(found["short", layer], dense["short", layer])
+
+
+def test_a_block_with_the_keys_that_are_asked_for_is_chosen(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start("attending", sparse(ratio=0.15), **ENGINE)
+    plain = engine.kv
+    needle = 4 * BLOCK + 50
+
+    def kv(prefix: list[int], layer: int) -> Any:
+        key, value = plain(prefix, layer)
+        yield torch.full_like(key, 5.0) if len(prefix) == needle else key
+        yield value
+
+    monkeypatch.setattr(engine, "kv", kv)
+    monkeypatch.setattr(engine, "query", lambda *_: torch.ones(4, 64, dtype=torch.bfloat16))
+    torch_npu.ATTENDED.clear()
+    serve(engine, long=PROMPT)
+    tables, _ = torch_npu.ATTENDED[-1]
+    assert int(tables[0, 1]) == engine.tables["long"][4]
+
+
+def test_keys_that_came_from_the_store_are_summarised_too(start: Start) -> None:
+    first = serve(start("attending", sparse(), **ENGINE), long=PROMPT)
+    engine = start("attending", sparse(), **ENGINE)
+    again = serve(engine, long=PROMPT)
+    assert engine.computed("long") < BLOCK
+    for row, output in again.items():
+        assert torch.allclose(output, first[row], atol=2e-2), row
+
+
+@pytest.mark.parametrize(
+    ("ucm", "options", "message"),
+    [
+        ({"sparse": {"method": "quest", "offload": True}}, {}, "sparse.offload"),
+        ({"prefill_offload": {}}, {}, "prefill_offload"),
+        ({"position": {"method": "rerope"}}, {}, "position: works on vLLM's CPU"),
+        ({"blend": {}}, {}, "blend"),
+        (
+            sparse(),
+            {
+                "enforce_eager": False,
+                "compilation_config": {"mode": 3, "cudagraph_mode": "FULL_DECODE_ONLY"},
+            },
+            "full graph is replayed.*enforce-eager",
+        ),
+    ],
+)
+def test_what_does_not_work_on_npus_is_refused(
+    start: Start, ucm: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        start("attending", ucm, **options)
+
+
+def test_sparse_attention_with_mla_is_refused(start: Start) -> None:
+    with pytest.raises(ConfigError, match="not with MLA"):
+        start("mla", sparse())
