@@ -93,6 +93,23 @@ def test_blocks_of_other_sizes_are_put_together_for_a_device(
     assert reader.hit_tokens("b") >= 72 - 2 * max(wrote, reads)
 
 
+@pytest.mark.parametrize("wrote", [4, 8])
+def test_a_load_comes_after_what_the_engine_does_before(
+    start: Callable[..., ScriptedEngine], standin: StandInDevice, tmp_path: Path, wrote: int
+) -> None:
+    config = config_of(tmp_path)
+    run(start(config, block_tokens=wrote), "writes", PROMPT)
+    reader = start(config, block_tokens=4)
+    standin.hang()
+    # A request that has gone may still be computed into the blocks that are loaded now.
+    standin.fill(reader._memory.reshape(-1), 99)
+    later = threading.Timer(0.1, standin.go_on)
+    later.start()
+    assert run(reader, "reads", PROMPT) == reader.model.generate(PROMPT, 3)
+    assert reader.hit_tokens("reads") >= 52
+    later.join()
+
+
 @pytest.mark.parametrize("load_mode", ["async", "layerwise"])
 def test_every_call_of_a_driver_may_fail(
     start: Callable[..., ScriptedEngine],
