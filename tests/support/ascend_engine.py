@@ -8,6 +8,7 @@ whose KV is a function of a token and all before it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -101,6 +102,19 @@ LLAMA = {
 CONFIGS = {"mha": LLAMA, "mla": DEEPSEEK, "dsa": SPARSE_DEEPSEEK}
 SIZES = {"mha": (64, 64), "mla": (512, 64), "dsa": (512, 64, 128)}
 """Elements of a token and KV head in each of a layer's tensors."""
+
+
+@functools.cache
+def digest_of(prefix: tuple[int, ...]) -> bytes:
+    """Say which tokens these are."""
+    return hashlib.blake2b(repr(prefix).encode(), digest_size=8).digest()
+
+
+@functools.cache
+def values_of(digest: bytes, layer: int, heads: int, size: int) -> torch.Tensor:
+    """Return one tensor's KV of a token, ``[heads, size]``."""
+    generator = np.random.default_rng([layer, size, int.from_bytes(digest, "little")])
+    return torch.from_numpy(generator.integers(-99, 99, (heads, size))).to(DTYPE)
 
 
 def make_model(kind: str, folder: Path) -> Path:
@@ -320,11 +334,9 @@ class AscendEngine:
 
     def kv(self, prefix: list[int], layer: int) -> Iterator[torch.Tensor]:
         """What a layer has of the last of these tokens, tensor by tensor."""
-        key = hashlib.blake2b(repr((layer, prefix)).encode(), digest_size=8).digest()
         heads = 2 if self.kind == "mha" else 1
         for size in self.sizes:
-            generator = np.random.default_rng(int.from_bytes(key, "little") + size)
-            yield torch.from_numpy(generator.integers(-99, 99, (heads, size))).to(DTYPE)
+            yield values_of(digest_of(tuple(prefix)), layer, heads, size)
 
     def _sample(self, id: str, count: int) -> list[int]:
         request = self.requests[id]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,6 +81,61 @@ def test_an_older_vllm_is_refused(version: str) -> None:
 @pytest.mark.parametrize("version", ["0.33.0", "0.31.9", "1.0.0rc1", "dev"])
 def test_an_untested_vllm_is_warned_about(version: str) -> None:
     assert version in str(compat.check_version(version))
+
+
+def test_block_tables_where_only_news_are_told() -> None:
+    def step(new: dict[str, list[int]], cached: dict[str, Any], resumed: set[str]) -> Any:
+        return SimpleNamespace(
+            scheduled_new_reqs=[
+                SimpleNamespace(req_id=id, block_ids=(blocks,)) for id, blocks in new.items()
+            ],
+            scheduled_cached_reqs=SimpleNamespace(
+                req_ids=list(cached),
+                new_block_ids=[blocks and (blocks,) for blocks in cached.values()],
+                resumed_req_ids=resumed,
+            ),
+        )
+
+    tables = compat.BlockTables()
+    tables.plan(step({"a": [1, 2], "b": [3]}, {}, set()))
+    assert (tables.of("a"), tables.of("b")) == ([1, 2], [3])
+    tables.plan(step({}, {"a": [4], "b": None}, set()))
+    assert (tables.of("a"), tables.of("b")) == ([1, 2, 4], [3])
+    tables.plan(step({}, {"b": [5, 6]}, {"b"}))
+    assert tables.of("b") == [5, 6]
+    tables.forget("b")
+    assert tables.of("b") == []
+
+
+def test_block_tables_where_they_are_asked_for() -> None:
+    asked = []
+
+    def get_block_ids(id: str) -> tuple[list[int]] | None:
+        asked.append(id)
+        return ([7, 8],) if id == "a" else None
+
+    state = SimpleNamespace(get_block_ids=get_block_ids)
+    tables = compat.BlockTables()
+    tables.plan(SimpleNamespace(kv_connector_block_state=state))
+    blocks = tables.of("a")
+    assert not asked
+    assert (len(blocks), blocks[1], list(tables.of("gone"))) == (2, 8, [])
+    assert asked == ["a", "gone"]
+
+
+@pytest.mark.parametrize("name", ["sparse.offload", "prefill_offload", "blend"])
+def test_a_vllm_that_keeps_connectors_from_its_pool_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.delattr(compat.KVConnectorBase_V1, "bind_kv_cache_manager")
+    parts = {
+        "sparse.offload": {"sparse": {"method": "quest", "offload": True}},
+        "prefill_offload": {"prefill_offload": {}},
+        "blend": {"blend": {}},
+    }
+    compat.check_features(UCM)
+    with pytest.raises(ConfigError, match=f"{name}: vLLM .* use 0.32"):
+        compat.check_features(load_config({"store": UCM.store, **parts[name]}, environment={}))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm_ascend.utils import AscendDeviceType
 
 import ucm_vllm.compat
 from ascend_engine import BLOCK, NAMES, AscendEngine, make_config, make_model, make_spec
@@ -55,20 +57,20 @@ def test_cold_then_wiped_then_hit(start: Start, kind: str, load_mode: str, save_
 
 
 def test_a_pool_that_is_too_small_for_all(start: Start) -> None:
-    # Block tables come from what each step tells of them, also of requests that resume.
-    prompts = {f"r{n}": [(n + 2) * k % 991 for k in range(247 + n)] for n in range(4)}
-    engine = start("mha", blocks=9, max_model_len=640)
+    # Block tables come from what each step tells of them, also of requests that resume: the last
+    # one's third block is first saved after that.
+    prompts = {f"r{n}": [(n + 2) * k % 991 for k in range(380 - 6 * n)] for n in range(4)}
+    engine = start("mha", blocks=13)
     for id, prompt in prompts.items():
-        engine.submit(id, prompt, 14)
+        engine.submit(id, prompt, 30)
     engine.run()
-    cold = {id: list(engine.requests[id].output_token_ids) for id in prompts}
     assert engine.mismatches == 0
-    assert sum(request.num_preemptions for request in engine.requests.values()) > 0
-    alone = start("mha", {"store": {"kind": "null"}}, blocks=30)
-    for id, prompt in prompts.items():
-        alone.submit(id, prompt, 14)
-    alone.run()
-    assert cold == {id: list(alone.requests[id].output_token_ids) for id in prompts}
+    assert engine.requests["r3"].num_preemptions > 0
+    later = start("mha", blocks=13)
+    for id in prompts:
+        longer = list(engine.requests[id].all_token_ids)
+        serve(later, **{id: longer})
+        assert later.computed(id) == len(longer) + 3 - 3 * BLOCK
 
 
 @pytest.mark.parametrize("failure", ["missing", "corrupt"])
@@ -151,6 +153,7 @@ def test_kv_in_other_tensors_is_refused(npu: StandInDevice, start: Start) -> Non
     for found, message in (
         ((keys, rotated), "is in 2 tensors, not 3"),
         ((keys, rotated, indexer[:, :64]), "not 14 pages"),
+        ((keys, rotated, indexer[:10]), "not 14 pages"),
         ((keys, rotated, indexer.to(torch.float32)), "not 14 pages"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -162,5 +165,24 @@ def test_a_quantised_cache_is_refused(npu: StandInDevice, tmp_path: Path) -> Non
     config: Any = make_config("dsa", make_model("dsa", tmp_path / "model"), {"store": {}})
     for name in ("cache_sparse_sfa_c8", "cache_sparse_li_c8"):
         changed = type(spec)(**{**vars(spec), name: True})
-        with pytest.raises(ConfigError, match="C8"):
+        with pytest.raises(ConfigError, match=r"C8.*of DSA"):
             AscendPlatform().page(config, changed)
+    config.quant_config = SimpleNamespace(enable_c8_quant=True)
+    with pytest.raises(ConfigError, match="C8"):
+        AscendPlatform().page(config, spec)
+
+
+def test_kv_in_another_order_is_another_layout(
+    npu: StandInDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec("mla", BLOCK)
+    config: Any = make_config("mla", make_model("mla", tmp_path / "model"), {"store": {}})
+    usual = AscendPlatform().page(config, spec)
+    assert usual.packing == "l|k=t.d|v=t.d"
+    config.additional_config = {"enable_kv_nz": True}
+    assert AscendPlatform().page(config, spec).packing == "vllm-ascend/nz"
+    monkeypatch.setattr(
+        "ucm_vllm_ascend.platform.get_ascend_device_type", lambda: AscendDeviceType._310P
+    )
+    with pytest.raises(ConfigError, match="310P"):
+        AscendPlatform().page(config, spec)

@@ -6,12 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch_npu
 
 from ascend_engine import BLOCK, AttendingEngine
 from ucm_sdk.errors import ConfigError
+from ucm_vllm_ascend.attention import LayerKeys
 
 Start = Callable[..., AttendingEngine]
 BLOCKS = 10
@@ -107,6 +109,21 @@ def test_keys_that_came_from_the_store_are_summarised_too(start: Start) -> None:
     assert engine.computed("long") < BLOCK
     for row, output in again.items():
         assert torch.allclose(output, first[row], atol=2e-2), row
+
+
+def test_keys_are_read_by_block_head_and_token() -> None:
+    cache = torch.arange(5 * 4 * 2 * 3, dtype=torch.bfloat16).view(5, 4, 2, 3)
+    keys = LayerKeys(cache)
+    blocks = np.array([3, 1])
+    found = keys.keys(blocks)
+    assert found.dtype == np.float32
+    assert found.shape == (2, 2, 4, 3)
+    for n, block in enumerate(blocks):
+        for head in range(2):
+            for token in range(4):
+                assert found[n, head, token].tolist() == cache[block, token, head].tolist()
+    pages, places = keys.pages_of(blocks.astype(np.int32))
+    assert (pages[places] == found).all()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, NoReturn
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm_ascend.core.kv_cache_interface import AscendMLAAttentionSpec
+from vllm_ascend.utils import get_ascend_device_type
 
 from ucm_sdk.connector import EngineDevice
 from ucm_sdk.errors import ConfigError
@@ -43,6 +44,10 @@ class AscendPlatform:
 
     def page(self, config: VllmConfig, spec: FullAttentionSpec) -> PageParts:
         """See ``ucm_vllm.platforms.Platform``."""
+        if get_ascend_device_type().name == "_310P":
+            _refuse("ucm_vllm_ascend does not serve 310P, which keeps KV in another order")
+        if getattr(config.quant_config, "enable_c8_quant", False):
+            _refuse("ucm_vllm_ascend does not serve quantised (C8) KV yet")
         width = torch.empty((), dtype=spec.dtype).element_size()
         unit = spec.block_size * spec.num_kv_heads * width
         if not isinstance(spec, AscendMLAAttentionSpec):
@@ -50,7 +55,7 @@ class AscendPlatform:
             packing = "l|k=t.h.d|v=t.h.d"
         elif spec.sparse_head_dim is not None:
             if spec.cache_sparse_sfa_c8 or spec.cache_sparse_li_c8:
-                _refuse("ucm_vllm_ascend does not serve a quantised (C8) cache of DSA yet")
+                _refuse("ucm_vllm_ascend does not serve quantised (C8) KV of DSA yet")
             # A layer may go without an indexer of its own.
             sizes = tuple(size for size in spec.sparse_head_dim if size)
             packing = f"vllm-ascend/{'.'.join(map(str, sizes))}"
@@ -58,6 +63,9 @@ class AscendPlatform:
             text = config.model_config.hf_text_config
             sizes = text.kv_lora_rank, text.qk_rope_head_dim
             packing = "l|k=t.d|v=t.d"
+            if (config.additional_config or {}).get("enable_kv_nz"):
+                # The same values in tiles; nobody else reads them.
+                packing = "vllm-ascend/nz"
         if unit * sum(sizes) != spec.page_size_bytes:
             _refuse(
                 f"a layer's page has {spec.page_size_bytes} bytes, and not the "
