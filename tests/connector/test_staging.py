@@ -18,7 +18,7 @@ from ucm_sdk._native.devices import Device
 from ucm_sdk.connector import EngineDevice
 from ucm_sdk.connector.landing import whole_groups
 from ucm_sdk.connector.staging import Staging, StepClock
-from ucm_sdk.errors import ArgumentError, StoreIOError, UnsupportedError
+from ucm_sdk.errors import ArgumentError, Status, StoreIOError, UnsupportedError
 from ucm_sdk.recut import chunks
 from ucm_sdk.testing import ConnectorSuite, ScriptedEngine
 from ucm_sdk.testing.connector_suite import StartEngine
@@ -227,6 +227,42 @@ def test_after_a_cancel_a_device_writes_nothing(standin: StandInDevice, tmp_path
     store.close()
 
 
+@pytest.mark.parametrize("operation", ["load", "dump"])
+def test_what_a_device_did_not_copy_has_failed(
+    standin: StandInDevice, tmp_path: Path, operation: str
+) -> None:
+    store = open_store({"kind": "file", "directory": str(tmp_path)}, context_of())
+    staging = Staging(store, standin.engine_device())
+    memory = standin.allocate(8 * 768)
+    failures = 0
+    for n in range(1, 40):
+        memory[:] = n
+        if operation == "load":
+            staging.dump(batch_of(memory, 4, 4 * n)).wait(10)
+            memory[:] = 0
+        standin.fail_at(n)
+        try:
+            task = getattr(staging, operation)(batch_of(memory, 4, 4 * n))
+            while not task.done():
+                time.sleep(0.0005)
+            good = task.statuses == Status.OK
+        except StoreIOError:
+            good = np.zeros(4, np.bool_)
+        standin.fail_at(0)
+        failures += not good.all()
+        if operation == "dump":
+            memory[:] = 0
+            for block in np.flatnonzero(good):
+                part = memory[block * 768 :]
+                staging.load(batch_of(part, 1, 4 * n + int(block))).wait(10)
+        assert (memory.reshape(8, 768)[:4][good] == n).all(), n
+        assert staging._loads._thread.is_alive()
+        assert staging._saves._thread.is_alive()
+    assert failures >= 8
+    assert staging.close(10)
+    store.close()
+
+
 def test_many_transfers_share_few_buffers(
     standin: StandInDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,14 +278,18 @@ def test_many_transfers_share_few_buffers(
     memory[:] = 0
     # One block that is not there fails alone.
     loads = [staging.load(batch_of(memory[n * 7680 :], 10, n * 10)) for n in range(9)]
-    lost = staging.load(batch_of(memory[69120:], 10, 91))
+    batch = batch_of(memory[69120:], 10, 90)
+    ids = batch.ids.copy()
+    ids[1] = 200
+    lost = staging.load(Batch(ids, batch.rows))
     for task in loads:
         task.wait(10)
     with pytest.raises(LookupError, match="1 of 10"):
         lost.wait(10)
-    assert (memory[:69120] == values[:69120]).all()
-    assert (memory[69120 : 69120 + 9 * 768] == values[69120 + 768 :]).all()
-    assert not memory[69120 + 9 * 768 :].any()
+    there = np.ones(100, np.bool_)
+    there[91] = False
+    assert (memory.reshape(100, 768)[there] == values.reshape(100, 768)[there]).all()
+    assert not memory.reshape(100, 768)[91].any()
     assert staging.close(10)
     store.close()
 

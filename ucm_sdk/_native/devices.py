@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 KINDS: Final = ("cpu", "cuda", "npu")
 """Kinds of devices, as C numbers them."""
+_MARK_ATTEMPTS: Final = 5
 _ROW: Final = np.dtype([("to", "<u8"), ("from", "<u8"), ("bytes", "<u8")])
 
 
@@ -111,7 +112,14 @@ class Device:
         _checked(_lib.ucm_device_copy(self._handle, direction, pointer, rows.size), "copying")
 
     def mark(self) -> Mark:
-        """Return a mark behind the copies so far."""
-        out = _ffi.new("ucm_device_mark **")
-        _checked(_lib.ucm_device_set_mark(self._handle, out), "marking a place among copies")
+        """Return a mark behind the copies so far.
+
+        Tries a few times: without one nobody knows when memory that copies use is free.
+        """
+        out, status = _ffi.new("ucm_device_mark **"), Status.IO
+        for _ in range(_MARK_ATTEMPTS):
+            status = _lib.ucm_device_set_mark(self._handle, out)
+            if not status:
+                break
+        _checked(status, "marking a place among copies")
         return Mark(out[0], self._handle)

@@ -260,7 +260,7 @@ class _Lane:
                 one.stage = one.rest.pop(0)(one.chunk, one.buffer, statuses)
             except Exception:
                 # Nobody knows whether a copy uses the buffer, so it is never used again.
-                logger.exception("a buffer between store and device is given up")
+                logger.exception("a device fails; KV that was given up may be written later")
                 one.chunk.transfer.settle(one.chunk.first, one.chunk.ended(Status.IO))
                 return True
         return False
