@@ -5,6 +5,7 @@
 #include "ucm/device.h"
 #include "ucm/pool.h"
 #include "ucm/recut.h"
+#include "ucm/retype.h"
 #include "ucm/rotate.h"
 #include "ucm/score.h"
 #include "ucm/status.h"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ucm_sdk.config import load
-from ucm_sdk.connector import load_config
+from ucm_sdk.connector import dtype_identities, load_config
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.registry import Registry
 from ucm_sdk.store import STORES, store_class
@@ -73,7 +73,7 @@ def test_files_that_cannot_be_read_are_named(
         ({"store": {"kind": "tape"}}, "store.kind='tape': unknown; known are fake, faulty"),
         (
             {"store": STORE, "slat": "x"},
-            "slat: unknown key; known keys are blend, connector, load_failure",
+            "slat: unknown key; known keys are blend, connector, dtypes, load_failure",
         ),
         (
             {"store": STORE, "connector": {"laod_mode": "async"}},
@@ -121,3 +121,16 @@ def test_a_wrong_attribute_is_named() -> None:
     registry = Registry("store", group="none", built_in={"x": "json:Nothing"})
     with pytest.raises(ConfigError, match="json has no 'Nothing'"):
         registry.get("x")
+
+
+def test_dtypes_that_count_as_the_same() -> None:
+    strict, loose = (
+        load_config({"store": {"kind": "memory"}, "dtypes": dtypes}, environment={})
+        for dtypes in ("same", "any")
+    )
+    assert dtype_identities(strict, "bfloat16", "fp8_e4m3") == ("bfloat16", "fp8_e4m3")
+    assert dtype_identities(loose, "bfloat16", "float16") == ("any", "any")
+    with pytest.raises(ConfigError, match="KV is of int8; use bfloat16, float16, float32"):
+        dtype_identities(loose, "bfloat16", "int8")
+    with pytest.raises(ConfigError, match="the model is of float64"):
+        dtype_identities(loose, "float64", "float16")

@@ -27,7 +27,13 @@ MHA = (
     "t.l.h|k=d|v=d",
 )
 MLA = ("l|k=t.d", "|k=t.l.d", "l|k=d.t")
-NUMPY = {"float32": np.uint32, "bfloat16": np.uint16, "int8": np.uint8, "float64": np.uint64}
+NUMPY = {
+    "float32": np.uint32,
+    "bfloat16": np.uint16,
+    "float16": np.uint16,
+    "int8": np.uint8,
+    "float64": np.uint64,
+}
 
 
 def layout_of(
@@ -192,7 +198,7 @@ def test_the_order_of_values_is_what_the_packing_says() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"dtype": "bfloat16"}, "dtype"),
+        ({"dtype": "int8"}, "dtype"),
         ({"layers": 3}, "layers"),
         ({"heads": 8}, "heads"),
         ({"head_size": 16}, "components"),
@@ -237,3 +243,61 @@ def test_a_layer_that_is_cut_is_refused() -> None:
 def test_tokens_that_no_block_boundary_divides_are_refused() -> None:
     with pytest.raises(ArgumentError, match="multiples of 16"):
         chunks(16, 32, 0, 24)
+
+
+@pytest.mark.parametrize("source_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("target_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("ranks", "block_tokens"), [(1, 16), (2, 8), (2, 32)])
+def test_values_of_another_type_are_rounded(
+    source_dtype: str, target_dtype: str, ranks: int, block_tokens: int
+) -> None:
+    source = layout_of(MHA[0], dtype=source_dtype)
+    target = layout_of(MHA[1], dtype=target_dtype, ranks=ranks, block_tokens=block_tokens)
+    recut = Recut(source, target)
+    given = Payloads(source, 2)
+    values = np.random.default_rng(1).normal(size=given.data.size // element_bytes(source_dtype))
+    given.data[:] = bits_of(values, source_dtype).view(np.uint8).reshape(given.data.shape)
+    retyped = np.empty((2, recut.retyped.payload_bytes), np.uint8)
+    if source_dtype == target_dtype:
+        assert recut.retyped is source
+        retyped = given.data[0]
+    else:
+        recut.retype(given.data.reshape(-1), retyped.reshape(-1))
+    found = Payloads(target, 32 // block_tokens)
+    cut = chunks(source.block_tokens, block_tokens, 0, 32)
+    starts = np.arange(2, dtype=np.uint64) * np.uint64(recut.retyped.payload_bytes)
+    for shard in range(ranks):
+        offsets = target.piece_offsets
+        recut.copy(
+            cut,
+            source_shard=0,
+            target_shard=shard,
+            sources=retyped.ctypes.data + starts,
+            targets=found.addresses(shard)[:, None] + offsets[None, :],
+        )
+    for name in "kv":
+        want = np.concatenate(list(given.plane(0, name)), axis=2)
+        mine = [
+            np.concatenate([floats_of(block, target_dtype) for block in found.plane(s, name)], 2)
+            for s in range(ranks)
+        ]
+        wanted = floats_of(bits_of(floats_of(want, source_dtype), target_dtype), target_dtype)
+        assert (np.concatenate(mine, axis=1) == wanted).all()
+
+
+def bits_of(values: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Return values as the bits of a type, rounded to nearest even."""
+    if dtype == "float32":
+        return values.astype(np.float32).view(np.uint32)
+    if dtype == "float16":
+        return values.astype(np.float32).astype(np.float16).view(np.uint16)
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def floats_of(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Return what the bits of a type mean."""
+    if dtype == "float16":
+        return bits.astype(np.uint16).view(np.float16).astype(np.float32)
+    shift = 16 if dtype == "bfloat16" else 0
+    return (bits.astype(np.uint32) << shift).view(np.float32)

@@ -2,20 +2,21 @@
 """Blocks of one geometry from blocks of another: other block size, ranks, order of values.
 
 No value changes: each is copied once, in C, from where the source's packing has it to where the
-target's wants it.
+target's wants it.  Only where the element types differ, values are rounded to the target's before.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from ucm_sdk._native.recutting import AXIS, PART, recut
+from ucm_sdk._native.recutting import AXIS, PART, recut, retype
+from ucm_sdk._native.rotating import DTYPES
 from ucm_sdk.errors import ArgumentError
-from ucm_sdk.packing import Plane, planes
+from ucm_sdk.packing import Plane, element_bytes, planes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -113,8 +114,10 @@ class Recut:
     def __init__(self, source: KVLayout, target: KVLayout) -> None:
         """Plan it; raises ``ArgumentError`` with the reason when the two do not hold the same."""
         self.source, self.target = source, target
-        from_planes, to_planes = planes(source), planes(target)
-        have, want = _content(source, from_planes), _content(target, to_planes)
+        self.retyped = _retyped(source, target.dtype)
+        """The source with the target's element type: what ``copy`` takes."""
+        from_planes, to_planes = planes(self.retyped), planes(target)
+        have, want = _content(self.retyped, from_planes), _content(target, to_planes)
         for name, value in want.items():
             if have[name] != value:
                 msg = f"a block with {name}={have[name]} cannot become one with {name}={value}"
@@ -140,6 +143,11 @@ class Recut:
         shards = range(0, self.source.shards, self.source.replicas)
         return [shard for shard in shards if _overlap(self.source.heads(shard), wanted)]
 
+    def retype(self, payloads: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
+        """Write whole payloads of ``source`` that follow each other as those of ``retyped``."""
+        count = len(payloads) // element_bytes(self.source.dtype)
+        retype(out, self.retyped.dtype, payloads, self.source.dtype, count)
+
     def copy(
         self,
         cut: Chunks,
@@ -152,8 +160,8 @@ class Recut:
     ) -> None:
         """Copy the heads that both shards hold.
 
-        ``sources`` are the addresses of whole payloads, shape ``[source blocks]``; ``targets``
-        those of pieces, shape ``[target blocks, pieces]``.  The memory is the caller's.
+        ``sources`` are the addresses of whole payloads of ``retyped``, shape ``[source blocks]``;
+        ``targets`` those of pieces, shape ``[target blocks, pieces]``.  The memory is the caller's.
         """
         common = _overlap(self.source.heads(source_shard), self.target.heads(target_shard))
         from_head = common.start - self.source.heads(source_shard).start
@@ -180,6 +188,15 @@ class Recut:
                 AXIS,
             )
             recut(_in_order(parts, larger), axes, one.target.element_bytes, threads)
+
+
+def _retyped(layout: KVLayout, dtype: str) -> KVLayout:
+    """Return a geometry with elements of ``dtype``; itself where they cannot be written as it."""
+    if layout.dtype == dtype or not {layout.dtype, dtype} <= DTYPES.keys():
+        return layout
+    have, want = element_bytes(layout.dtype), element_bytes(dtype)
+    sizes = tuple(size // have * want for size in layout.piece_bytes)
+    return replace(layout, dtype=dtype, piece_bytes=sizes)
 
 
 def _in_order(parts: NDArray[np.void], larger: NDArray[np.int64]) -> NDArray[np.void]:

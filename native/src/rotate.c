@@ -1,47 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 #include "ucm/rotate.h"
 
-#include "score_half.h"
-
-#include <string.h>
-
-static inline float float_of_bfloat(uint16_t half)
-{
-    uint32_t bits = (uint32_t)half << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static inline uint16_t bfloat_of_float(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    if ((bits & 0x7FFFFFFFu) > 0x7F800000u)
-        return (uint16_t)(bits >> 16 | 0x40u); /* NaN stays one */
-    return (uint16_t)((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
-}
-
-static inline uint16_t half_of_float(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    uint16_t sign = (uint16_t)(bits >> 16 & 0x8000u);
-    bits &= 0x7FFFFFFFu;
-    if (bits > 0x7F800000u)
-        return sign | 0x7E00u;
-    if (bits >= 0x477FF000u) /* rounds to more than the largest number */
-        return sign | 0x7C00u;
-    if (bits < 0x38800000u) {
-        /* Subnormal: adding 0.5 puts the last bit that is kept at the end of the fraction. */
-        float small;
-        memcpy(&small, &bits, sizeof small);
-        small += 0.5f;
-        memcpy(&bits, &small, sizeof bits);
-        return sign | (uint16_t)(bits - 0x3F000000u);
-    }
-    return sign | (uint16_t)((bits - 0x38000000u + 0xFFFu + (bits >> 13 & 1u)) >> 13);
-}
+#include "half.h"
 
 static inline float same(float value)
 {

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-#include "score_half.h"
+#include "half.h"
 #include "score_variants.h"
 
 #if defined(__x86_64__)

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* Vectors of four floats, which SSE2 and NEON have and other compilers' targets imitate. */
-#include "score_half.h"
+#include "half.h"
 #include "score_variants.h"
 
 #define LANES 4

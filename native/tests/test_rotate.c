@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* Every type and order of a plane against double precision. */
 #include "check.h"
-#include "score_half.h"
+#include "half.h"
 #include "ucm/rotate.h"
 
 #include <math.h>

@@ -114,6 +114,24 @@ def test_blocks_of_another_size_are_converted(
     assert wide["metrics"]["ucm_converted_tokens_total"] == sum(found) > 0
 
 
+def test_an_engine_of_another_dtype_reads_it_where_both_say_so(
+    job: Job, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    config = file_store(tmp_path, dtypes="any")
+    some = {"prompts": prompts[14:20], "max_tokens": 8}
+    job(config, some)
+    alone = job(None, some, dtype="float16")["batches"][0]
+    found = job(config, some, dtype="float16")
+    assert cached(found["batches"][0]) == hits(prompts[14:20])
+    assert found["metrics"]["ucm_converted_tokens_total"] == sum(hits(prompts[14:20]))
+    for mine, theirs in zip(found["batches"][0], alone, strict=True):
+        # The KV of a prompt is another dtype's: what follows is as near as that.
+        assert mine["tokens"][0][0] == theirs["tokens"][0][0]
+        assert mine["logprobs"][0][0] == pytest.approx(theirs["logprobs"][0][0], abs=0.1)
+    strict = job(file_store(tmp_path), some, dtype="float16")
+    assert not sum(cached(strict["batches"][0]))
+
+
 # More than one medium, and slow ones.
 
 FEW = slice(17, 20)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from ucm_sdk._native import _check, _ffi, _lib
+from ucm_sdk._native.rotating import DTYPES
 from ucm_sdk._native.threads import processors, threads
 
 if TYPE_CHECKING:
@@ -48,3 +49,17 @@ def recut(
         return
     for status in threads().map(copy, edges[:-1], edges[1:]):
         _check(status, "re-cutting")
+
+
+def retype(
+    to: NDArray[np.uint8], to_dtype: str, source: NDArray[np.uint8], from_dtype: str, count: int
+) -> None:
+    """Write ``count`` values of one of ``DTYPES`` as another; see native/include/ucm/retype.h."""
+    status = _lib.ucm_retype(
+        _ffi.from_buffer("uint8_t[]", to, require_writable=True),
+        DTYPES[to_dtype],
+        _ffi.from_buffer("uint8_t[]", source),
+        DTYPES[from_dtype],
+        count,
+    )
+    _check(status, f"writing {from_dtype} as {to_dtype}")

@@ -23,6 +23,7 @@ from ucm_sdk.connector.options import (
     ConnectorOptions,
     SparseConfig,
     UcmConfig,
+    dtype_identities,
     load_config,
 )
 from ucm_sdk.connector.plans import (
@@ -66,6 +67,7 @@ __all__ = [
     "WorkerReport",
     "WorkerSide",
     "cost_file",
+    "dtype_identities",
     "join_team",
     "load_config",
 ]

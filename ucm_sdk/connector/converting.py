@@ -52,6 +52,7 @@ class _Read:
     start: int
     """Index of the first of them in the copy."""
     end: int
+    buffer: NDArray[np.uint8]
     places: NDArray[np.uint64]
     task: Task
 
@@ -102,6 +103,7 @@ class Converter:
         self._shards: dict[tuple[KVLayout, int], KVStoreBase] = {}
         self._thread: CallThread | None = None
         self._staging = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
+        self._retyping = np.empty(0, np.uint8)
         self._landing: Landing | None = None
         if memory.device is not None:
             self._landing = Landing(memory.device.loads, store.context.layout)
@@ -183,7 +185,7 @@ class Converter:
         for cut in copy.cuts:
             transfer.fail(cut.of_sources(lost).target_blocks, read.task)
         sources = np.zeros(read.end, np.uint64)
-        sources[read.start :] = read.places
+        sources[read.start :] = self._retyped(read, recut)
         if copy.shift and self._keys is not None:
             self._keys.move(sources[there], copy.shift)
         places = self._places(read, copy, targets)
@@ -197,6 +199,16 @@ class Converter:
                     targets=places,
                 )
             return allowed
+
+    def _retyped(self, read: _Read, recut: Recut) -> NDArray[np.uint64]:
+        """Return where the payloads lie that were read, with the engine's element type."""
+        if recut.retyped is recut.source:
+            return read.places
+        count, size = read.end - read.start, recut.retyped.payload_bytes
+        if len(self._retyping) < count * size:
+            self._retyping = _pages(count * size)
+        recut.retype(read.buffer, self._retyping)
+        return _in_a_row(self._retyping, count, size)
 
     def _groups(self, copy: _Copy, most: int) -> list[tuple[int, int]]:
         """Return which source blocks are read together."""
@@ -238,7 +250,7 @@ class Converter:
         if len(self._staging[slot]) < (end - start) * size:
             self._staging[slot] = _pages((end - start) * size)
         buffer = self._staging[slot]
-        places = buffer.ctypes.data + np.arange(end - start, dtype=np.uint64) * np.uint64(size)
+        places = _in_a_row(buffer, end - start, size)
         batch = Batch.pieces(
             copy.ids[start:end],
             offsets=np.zeros(1, np.uint64),
@@ -246,7 +258,7 @@ class Converter:
             addresses=places[:, None],
         )
         task = store.load(batch, owners=buffer)
-        return _Read(shard, start, end, places, task)
+        return _Read(shard, start, end, buffer[: (end - start) * size], places, task)
 
     def _wait(self, transfer: PartTransfer, task: Task) -> NDArray[np.bool_] | None:
         """Return which blocks were read, None when the transfer was cancelled."""
@@ -257,6 +269,11 @@ class Converter:
             with contextlib.suppress(UcmError):
                 task.wait(_POLL_S)
         return np.asarray(task.statuses == Status.OK)
+
+
+def _in_a_row(buffer: NDArray[np.uint8], count: int, size: int) -> NDArray[np.uint64]:
+    """Return the addresses of ``count`` payloads of ``size`` bytes, one after the other."""
+    return buffer.ctypes.data + np.arange(count, dtype=np.uint64) * np.uint64(size)
 
 
 def _pages(size: int) -> NDArray[np.uint8]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import pydantic
 
@@ -110,6 +110,10 @@ class UcmConfig(config.Strict):
     """Separates tenants: blocks saved under one salt are never found under another."""
     model_identity: str | None = None
     """Stands for the model's content where its files cannot be read; change it with the weights."""
+    dtypes: Literal["same", "any"] = "same"
+    """Whose KV counts as the same: ``same``: that of engines which compute and keep it in the same
+    type of element; ``any``: of engines with float32, bfloat16 or float16 that say ``any`` too, in
+    whichever of these types, rounded on load."""
     sparse: SparseConfig | None = None
     """Sparse attention; none when not set."""
     prefill_offload: PrefillOffloadConfig | None = None
@@ -120,6 +124,27 @@ class UcmConfig(config.Strict):
     """CacheBlend; none when not set."""
     load_failure: Literal["recompute", "fail"] = "recompute"
     """What the engine does with a request whose load failed."""
+
+
+ANY_DTYPE: Final = "any"
+_DTYPES: Final = {"float32", "bfloat16", "float16"}
+
+
+def dtype_identities(ucm: UcmConfig, compute_dtype: str, kv_dtype: str) -> tuple[str, str]:
+    """Return the types of element, of what is computed and of KV, as a namespace has them.
+
+    Raises ``ConfigError`` where ``dtypes`` is ``any`` and KV is of another type than can be.
+    """
+    if ucm.dtypes == "same":
+        return compute_dtype, kv_dtype
+    for name, dtype in (("the model", compute_dtype), ("KV", kv_dtype)):
+        if dtype not in _DTYPES:
+            msg = (
+                f"dtypes='any': {name} is of {dtype}; use {', '.join(sorted(_DTYPES))}, or "
+                "leave dtypes at 'same'"
+            )
+            raise ConfigError(msg)
+    return ANY_DTYPE, ANY_DTYPE
 
 
 def load_config(

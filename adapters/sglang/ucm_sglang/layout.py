@@ -14,7 +14,7 @@ from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
 
 from ucm_sdk import KVLayout, KVStoreBase, Namespace, StoreContext, open_store
-from ucm_sdk.connector import KVMemory, UcmConfig, load_config
+from ucm_sdk.connector import KVMemory, UcmConfig, dtype_identities, load_config
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.model_identity import config_digest, find_model, model_identity, rope_parameters
 from ucm_sglang import compat
@@ -163,10 +163,11 @@ def make_namespace(server: Any, model: ModelConfig, pool: Any, ucm: UcmConfig) -
         extra["sparse"] = ucm.sparse.model_dump(
             mode="json", include={"method", "options", "budget"}
         )
+    compute_dtype, kv_dtype = dtype_identities(ucm, dtype_name(model.dtype), dtype_name(pool.dtype))
     return Namespace(
         model=ucm.model_identity or model_identity(find_model(server.model_path, server.revision)),
-        compute_dtype=dtype_name(model.dtype),
-        kv_dtype=dtype_name(pool.dtype),
+        compute_dtype=compute_dtype,
+        kv_dtype=kv_dtype,
         attention="mla" if is_mla(pool) else "full",
         quantization=str(model.quantization or "none"),
         rope=rope_parameters(model.hf_text_config),

@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAttentionSpec
 
 from ucm_sdk import KVLayout, KVStoreBase, Namespace, StoreContext, open_store
-from ucm_sdk.connector import EngineDevice, KVMemory, UcmConfig
+from ucm_sdk.connector import EngineDevice, KVMemory, UcmConfig, dtype_identities
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.model_identity import config_digest, find_model, model_identity, rope_parameters
 from ucm_vllm.platforms import platform
@@ -96,10 +96,11 @@ def make_namespace(config: VllmConfig, kv_config: KVCacheConfig, ucm: UcmConfig)
     if ucm.position is not None:
         # What follows the window is computed with other distances.
         extra["position"] = ucm.position.model_dump(mode="json")
+    compute_dtype, kv_dtype = dtype_identities(ucm, dtype_name(model.dtype), dtype_name(spec.dtype))
     return Namespace(
         model=ucm.model_identity or model_identity(find_model(model.model, model.revision)),
-        compute_dtype=dtype_name(model.dtype),
-        kv_dtype=dtype_name(spec.dtype),
+        compute_dtype=compute_dtype,
+        kv_dtype=kv_dtype,
         attention="mla" if isinstance(spec, MLAAttentionSpec) else "full",
         quantization=str(model.quantization or "none"),
         rope=rope_parameters(model.hf_text_config),
