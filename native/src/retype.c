@@ -3,13 +3,21 @@
 
 #include "half.h"
 
+/* The compiler's own vectors do; sanitizers do not start before such functions are chosen. */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) &&       \
+    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define CLONES
+#endif
+
 static inline float same(float value)
 {
     return value;
 }
 
 #define WAY(name, from_type, load, to_type, store)                                                 \
-    static void name(void *restrict to, const void *restrict from, size_t count)                   \
+    CLONES static void name(void *restrict to, const void *restrict from, size_t count)                   \
     {                                                                                              \
         const from_type *one = from;                                                               \
         to_type *other = to;                                                                       \
