@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ucm_sdk.connector import (
     SchedulerSide,
     WorkerReport,
 )
+from ucm_sdk.connector.lookups import Awaited, PendingLookup
 from ucm_sdk.connector.plans import Observed
 from ucm_sdk.hashing import Namespace, block_ids
 from ucm_sdk.layout import KVLayout
@@ -103,6 +105,49 @@ def test_what_is_still_being_saved_is_named(make: Make) -> None:
     assert side.saving_blocks("other").ids == found.ids
     side.update(WorkerReport(ended_saves={first.serial: 1}))
     assert side.saving_blocks("r").ids == second.ids == tuple(IDS[4:7])
+
+
+@pytest.mark.parametrize(("length", "stored"), [(40, 9), (38, 9), (37, 9), (36, 8)])
+def test_blocks_that_another_engine_is_saving_are_waited_for(
+    make: Make, length: int, stored: int
+) -> None:
+    side = make(stored=3)
+    side.add("r", TOKENS[:length], awaited=True)
+    began = time.monotonic()
+    while time.monotonic() < began + 0.1:
+        assert side.match("r", TOKENS[:length], 0) is None
+    dump(side._store, IDS[3:stored], payloads_of(stored - 3, layout=LAYOUT))
+    assert match(side, "r", TOKENS[:length], 0) == 4 * stored
+    assert time.monotonic() < began + 1.5
+    # One that nobody has announced takes what is there.
+    side.add("other", TOKENS[:length])
+    assert match(side, "other", TOKENS[:length], 0) == 4 * stored
+
+
+def test_blocks_that_do_not_come_are_computed(make: Make) -> None:
+    side = make(stored=3, options={"remote_prefill_timeout_s": 0.2})
+    began = time.monotonic()
+    side.add("r", TOKENS, awaited=True)
+    assert match(side, "r", TOKENS, 0) == 12
+    assert 0.2 <= time.monotonic() - began < 1.5
+
+
+def test_a_store_that_fails_is_not_waited_for(make: Make) -> None:
+    side = make(faults={"lookup_delay_s": 30}, options={"lookup_timeout_s": 0.1})
+    side.add("r", TOKENS, awaited=True)
+    began = time.monotonic()
+    assert match(side, "r", TOKENS, 0) == 0
+    assert time.monotonic() - began < 1.5
+
+
+def test_what_other_block_sizes_leave_over_is_not_waited_for() -> None:
+    lookup = PendingLookup([b""] * 20, 0)
+    lookup.end(12)
+    # 12 blocks of 4 are the three whole blocks of 16 that 60 tokens have.
+    assert Awaited(60, 10).over(lookup, 4, (16, 8))
+    assert not Awaited(60, 10).over(lookup, 4, (8,))
+    assert not Awaited(60, 10).over(lookup, 4, ())
+    assert Awaited(50, 10).over(lookup, 4, ())
 
 
 def test_small_hits_are_not_claimed(make: Make) -> None:

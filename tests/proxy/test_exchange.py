@@ -31,7 +31,8 @@ def test_prompts_are_computed_by_one_and_answered_by_another(engines, proxy, str
     assert not {"min_tokens", "n", "logprobs"} & body.keys()
     ((_, body, _),) = other.asked
     assert body["max_tokens"] == 8
-    assert body["kv_transfer_params"] == {"chunks": [[0, 2]]}
+    # The one that prefills has named no blocks, so the other waits for them.
+    assert body["kv_transfer_params"] == {"chunks": [[0, 2]], "do_remote_prefill": True}
     assert served.metric("ucm_proxy_attempts_total", result="ok", stage="prefill") == 1
     assert served.metric("ucm_proxy_readiness_total", result="unknown") == 1
     assert served.metric("ucm_proxy_requests_total", result="answered") == 1
@@ -58,6 +59,7 @@ def test_short_prompts_need_no_prefill(engines, proxy) -> None:
     served.ask("a prompt that is not so short")
     assert len(one.asked) == 1
     assert len(other.asked) == 2
+    assert "kv_transfer_params" not in other.asked[0][1]
 
 
 def test_an_instance_gets_its_own_key_and_not_the_clients(engines, proxy) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from ucm_sdk.availability import CallThread
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from ucm_sdk.connector.others import OtherLayouts, Prompt, Run
     from ucm_sdk.store import KVStoreBase
@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 MATCH_WAIT_S: Final = 0.005
 """How long one call of ``match`` waits for lookups: most end in a fraction of it."""
+_AWAIT_EVERY_S: Final = 0.01
 OUTDATED_S: Final = 1.0
 """A lookup is made again when it is older than this and than half its lease."""
 
@@ -59,6 +60,29 @@ class PendingLookup:
         self.blocks = runs[-1].end - self.first if runs else blocks
         self.elapsed_s = time.monotonic() - self.started
         self._ended.set()
+
+
+class Awaited:
+    """What is known of a prompt that another engine has computed and is still saving."""
+
+    def __init__(self, tokens: int, timeout_s: float) -> None:
+        """Wait for the whole blocks of ``tokens`` tokens."""
+        self._tokens = tokens
+        self._until = time.monotonic() + timeout_s
+
+    def over(self, lookup: PendingLookup, own: int, others: Iterable[int]) -> bool:
+        """Whether an ended lookup found all there will be, or nothing more is waited for.
+
+        ``own`` and ``others`` are block sizes: nobody says in which the other engine saves.
+        """
+        if lookup.blocks is None or time.monotonic() > self._until:
+            return True
+        saved = min(self._tokens // size * size for size in (own, *others))
+        return lookup.end_block >= min(saved, self._tokens - 1) // own
+
+    def again(self, lookup: PendingLookup) -> bool:
+        """Whether it is time to look once more."""
+        return time.monotonic() > lookup.started + lookup.elapsed_s + _AWAIT_EVERY_S
 
 
 class LookupThread:

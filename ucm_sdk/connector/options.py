@@ -42,6 +42,9 @@ class ConnectorOptions(config.Strict):
     """A save that takes longer is given up; its blocks stay unknown."""
     reuse_timeout_s: float = pydantic.Field(default=1.0, ge=0)
     """How long a step waits for a save whose memory the engine reuses, before it is given up."""
+    remote_prefill_timeout_s: float = pydantic.Field(default=2.0, ge=0)
+    """How long a request whose prompt another engine has just computed waits for its blocks; then
+    what is missing is computed."""
     lease_s: float = pydantic.Field(default=30.0, ge=0)
     """How long found blocks are kept from eviction until they are loaded."""
     retry_after_s: float = pydantic.Field(default=30.0, ge=0)

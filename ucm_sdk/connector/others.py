@@ -70,6 +70,8 @@ class OtherLayouts:
         self._stores: dict[KVLayout, KVStoreBase | None] = {}
         """``None`` for layouts that cannot be converted."""
         self._ask_at = 0.0
+        self.block_sizes: frozenset[int] = frozenset()
+        """Tokens per block of the layouts that are looked at; may be read by any thread."""
 
     def extend(self, prompt: Prompt, first: int, end: int, lease_s: float) -> list[Run]:
         """Return what follows block ``first`` of a request, up to block ``end`` at most.
@@ -131,6 +133,9 @@ class OtherLayouts:
                 opened = sum(store is not None for store in self._stores.values())
                 if layout not in self._stores and opened < _MOST_LAYOUTS:
                     self._stores[layout] = self._open_one(layout)
+            self.block_sizes = frozenset(
+                layout.block_tokens for layout, store in self._stores.items() if store is not None
+            )
         return [store for store in self._stores.values() if store is not None]
 
     def _open_one(self, layout: KVLayout) -> KVStoreBase | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ucm_sdk.connector.lookups import PendingLookup
+    from ucm_sdk.connector.lookups import Awaited, PendingLookup
     from ucm_sdk.connector.others import Run
     from ucm_sdk.connector.plans import LoadPlan
     from ucm_sdk.hashing import BlockChain
@@ -25,6 +25,8 @@ class Request:
     loads: bool = True
     """False once a load has failed: what failed once is computed."""
     lookup: PendingLookup | None = None
+    awaited: Awaited | None = None
+    """Where another engine has just computed the prompt, and its blocks are on their way."""
     prefetched: bool = False
     counted: bool = False
     matched_from: int = 0

@@ -18,7 +18,7 @@ import numpy as np
 from ucm_sdk import telemetry
 from ucm_sdk.availability import Breaker, Operation
 from ucm_sdk.connector.costs import CostModel, token_pairs
-from ucm_sdk.connector.lookups import MATCH_WAIT_S, OUTDATED_S, LookupThread, PendingLookup
+from ucm_sdk.connector.lookups import MATCH_WAIT_S, OUTDATED_S, Awaited, LookupThread, PendingLookup
 from ucm_sdk.connector.others import OtherLayouts, Prompt, conversions
 from ucm_sdk.connector.plans import (
     LoadPlan,
@@ -98,15 +98,19 @@ class SchedulerSide:
         *,
         request_extra: bytes = b"",
         extras: Mapping[int, bytes] | None = None,
+        awaited: bool = False,
     ) -> None:
         """Get to know a request; its lookup starts before the engine asks for it.
 
-        ``request_extra`` and ``extras`` are more identity, see ``BlockChain``.
+        ``request_extra`` and ``extras`` are more identity, see ``BlockChain``.  ``awaited`` says
+        that another engine has just computed ``tokens``: their blocks are waited for.
         """
         if id in self._requests:
             return
         chain = BlockChain(self._namespace, self._block_tokens, request_extra=request_extra)
         request = self._requests[id] = Request(chain, request_extra, extras or {})
+        if awaited:
+            request.awaited = Awaited(len(tokens), self._options.remote_prefill_timeout_s)
         if self._look_up(request, tokens, 0) is not None and self._prefetches:
             self._waiting[id] = request
 
@@ -118,10 +122,9 @@ class SchedulerSide:
         in the next step.  A request that was never added is not served.
         """
         request = self._requests.get(id)
-        if request is None:
-            return 0
-        request.matched_from = computed_tokens
-        if not self._loads or not request.loads:
+        if request is not None:
+            request.matched_from = computed_tokens
+        if request is None or not self._loads or not request.loads:
             return 0
         lookup = request.lookup
         if lookup is None or self._outdated(lookup, computed_tokens // self._block_tokens):
@@ -137,7 +140,14 @@ class SchedulerSide:
             self._recorder.count(telemetry.TIMEOUTS, labels=("lookup",))
             self._open_breaker("lookup")
             return 0
+        if request.awaited is not None and not self._all_came(request.awaited, lookup):
+            request.lookup = None if request.awaited.again(lookup) else lookup
+            return None
         return self._claim(request, lookup, tokens, computed_tokens)
+
+    def _all_came(self, awaited: Awaited, lookup: PendingLookup) -> bool:
+        sizes = self._others.block_sizes if self._others is not None else ()
+        return awaited.over(lookup, self._block_tokens, sizes)
 
     def allocated(
         self,

@@ -107,11 +107,14 @@ class Exchange:
             if not self._instances.any_of("decode"):
                 raise no_instance()
             if len(prompt) >= routing.min_prefill_bytes and self._instances.any_of("prefill"):
-                await self._prefill(ask, names)
+                ask = await self._prefill(ask, names)
             return await self._decode(ask, names, client)
 
-    async def _prefill(self, ask: Ask, names: Sequence[bytes]) -> None:
-        """Have the prompt computed, and wait until the store has it; a failure is made up for."""
+    async def _prefill(self, ask: Ask, names: Sequence[bytes]) -> Ask:
+        """Have the prompt computed, and wait until the store has it; a failure is made up for.
+
+        Returns the request for who decodes: where no blocks were named, it waits for them itself.
+        """
         body, tried = ask.prefill_body(), list[str]()
         loop = asyncio.get_running_loop()
         timeout = httpx.Timeout(None, connect=self._engines.connect_s)
@@ -120,9 +123,9 @@ class Exchange:
                 instance = await self._instances.pick("prefill", names, tried, self._queue_s)
             except ProxyError:
                 # Who decodes can compute it, too.
-                return
+                return ask
             if instance is None:
-                return
+                return ask
             tried.append(instance.name)
             began = loop.time()
             try:
@@ -139,13 +142,14 @@ class Exchange:
                 continue
             if response.status_code >= _REFUSED:
                 # Who decodes says why.
-                return
+                return ask
             self._metrics.observe(STAGE_SECONDS, loop.time() - began, "prefill")
             began = loop.time()
             ready = await self._readiness.wait(_transfer_params(response))
             self._metrics.count(READINESS, ready)
             self._metrics.observe(STAGE_SECONDS, loop.time() - began, "readiness")
-            return
+            return ask.awaiting() if ready == "unknown" else ask
+        return ask
 
     async def _decode(self, ask: Ask, names: Sequence[bytes], client: Client) -> str:
         stream = EventStream(self._engines.replay_bytes, repeatable=ask.repeatable)

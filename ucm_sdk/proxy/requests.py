@@ -101,14 +101,20 @@ class Ask:
     def prefill_body(self) -> bytes:
         """Return the body that makes an engine compute the prompt, and say what it has saved."""
         values = {k: v for k, v in self.values.items() if k not in _ONLY_FOR_ANSWERS}
-        given = values.get("kv_transfer_params")
-        values["kv_transfer_params"] = {
-            **(given if isinstance(given, dict) else {}),
-            # vLLM's words for: somebody else will go on.
-            "do_remote_decode": True,
-        }
+        # vLLM's words for: somebody else will go on.
+        values["kv_transfer_params"] = self._transfer_params(do_remote_decode=True)
         values["stream"] = False
         values["max_tokens"] = 1
         if "max_completion_tokens" in values:
             values["max_completion_tokens"] = 1
         return json.dumps(values).encode()
+
+    def awaiting(self) -> Ask:
+        """Return the request as one whose prompt somebody has just computed, and is saving."""
+        params = self._transfer_params(do_remote_prefill=True)
+        values = {**self.values, "kv_transfer_params": params}
+        return Ask(self.path, json.dumps(values).encode(), values)
+
+    def _transfer_params(self, **more: bool) -> dict[str, Any]:
+        given = self.values.get("kv_transfer_params")
+        return {**(given if isinstance(given, dict) else {}), **more}

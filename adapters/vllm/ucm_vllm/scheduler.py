@@ -123,6 +123,7 @@ class VllmScheduler:
             request.all_token_ids,
             request_extra=_extra(request),
             extras=self._decoded(request),
+            awaited=bool((request.kv_transfer_params or {}).get("do_remote_prefill")),
         )
         if self._blend is not None and request.prompt_token_ids is not None:
             try:
