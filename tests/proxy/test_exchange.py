@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from proxy_harness import eventually, right, text_of
+from ucm_sdk.handoff import SavedBlocks
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -36,6 +37,16 @@ def test_prompts_are_computed_by_one_and_answered_by_another(engines, proxy, str
     assert served.metric("ucm_proxy_attempts_total", result="ok", stage="prefill") == 1
     assert served.metric("ucm_proxy_readiness_total", result="unknown") == 1
     assert served.metric("ucm_proxy_requests_total", result="answered") == 1
+
+
+def test_blocks_that_were_named_and_are_there_are_not_waited_for(engines, proxy, tmp_path) -> None:
+    one, other = engines("P", "D")
+    one.params = SavedBlocks(bytes(32), "{}", ()).to_params()
+    store = {"kind": "file", "directory": str(tmp_path)}
+    served = proxy({one: "prefill", other: "decode"}, store)
+    served.ask("what is it")
+    assert served.metric("ucm_proxy_readiness_total", result="ready") == 1
+    assert "kv_transfer_params" not in other.asked[0][1]
 
 
 @pytest.mark.parametrize("stream", [False, True])
