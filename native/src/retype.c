@@ -17,7 +17,7 @@ static inline float same(float value)
 }
 
 #define WAY(name, from_type, load, to_type, store)                                                 \
-    CLONES static void name(void *restrict to, const void *restrict from, size_t count)                   \
+    CLONES static void name(void *restrict to, const void *restrict from, size_t count)            \
     {                                                                                              \
         const from_type *one = from;                                                               \
         to_type *other = to;                                                                       \
