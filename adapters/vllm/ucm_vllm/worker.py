@@ -150,12 +150,14 @@ class VllmWorker:
         self._side.start_loads(plan)
 
     def wait_layer(self, layer_name: str) -> None:
-        """Wait for the loads of one layer."""
-        self._side.wait_layer(self._layers[layer_name])
+        """Wait for the loads of one layer; some have no KV of their own."""
+        if layer_name in self._layers:
+            self._side.wait_layer(self._layers[layer_name])
 
     def save_layer(self, plan: StepPlan, layer_name: str) -> None:
-        """Save one layer, where saving is layer-wise."""
-        self._side.save_layer(plan, self._layers[layer_name])
+        """Save one layer, where saving is layer-wise; some have no KV of their own."""
+        if layer_name in self._layers:
+            self._side.save_layer(plan, self._layers[layer_name])
 
     def save_step(self, plan: StepPlan) -> None:
         """Save the blocks that the step completed."""
