@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch_npu
 from vllm.config import KVTransferConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
@@ -363,7 +364,9 @@ class AttendingEngine(AscendEngine):
 
         self.build = build
         self.outputs: dict[tuple[str, int], torch.Tensor] = {}
-        """Of requests that decode: what each layer gave for their last token."""
+        """What each layer gave for a request's last computed token."""
+        self.attended: dict[tuple[str, int], tuple[list[int], int]] = {}
+        """The blocks and the length that it was asked to attend to for that, where by a table."""
         super().__init__("mha", *args, **kwargs)
 
     def query(self, prefix: list[int], layer: int) -> torch.Tensor:
@@ -407,8 +410,11 @@ class AttendingEngine(AscendEngine):
         named = SimpleNamespace(layer_name=NAMES[layer], _k_scale_float=1.0, _v_scale_float=1.0)
         output = torch.empty_like(q)
         self.layers[layer].forward(named, q, k, v, self.caches[NAMES[layer]], metadata, output)
-        for id, end in zip(scheduled, ends, strict=True):
+        for row, (id, end) in enumerate(zip(scheduled, ends, strict=True)):
             self.outputs[id, layer] = output[end - 1]
+            if metadata.attn_state != AscendAttentionState.PrefillNoCache:
+                table, tokens = torch_npu.ATTENDED[-1][0][row], torch_npu.ATTENDED[-1][1][row]
+                self.attended[id, layer] = table[: -(-tokens // self.block)].tolist(), tokens
 
     def _block_tables(self, scheduled: dict[str, int]) -> torch.Tensor:
         tables = torch.zeros((len(scheduled), 32), dtype=torch.int32)

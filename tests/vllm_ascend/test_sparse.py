@@ -60,25 +60,25 @@ def test_a_request_that_decodes_attends_to_what_was_chosen(
     start: Start, dense: dict[tuple[str, int], torch.Tensor]
 ) -> None:
     engine = start("attending", sparse(), **ENGINE)
-    torch_npu.ATTENDED.clear()
     found = serve(engine, long=PROMPT, short=SHORT)
     tokens = engine.requests["long"].num_tokens - 1
     for layer in range(2):
-        # The last step decodes both requests, the long one first; its layers are the last calls.
-        tables, lengths = torch_npu.ATTENDED[layer - 2]
+        numbers, length = engine.attended["long", layer]
         # One of sinks, two of the seven between, two recent and the one that is being filled.
-        assert lengths[0] == 5 * BLOCK + tokens % BLOCK
-        order = engine.tables["long"]
-        blocks = [order.index(int(number)) for number in tables[0, :6]]
+        assert length == 5 * BLOCK + tokens % BLOCK
+        blocks = [engine.tables["long"].index(number) for number in numbers]
         assert blocks[0] == 0
         assert blocks[3:] == [8, 9, 10]
         assert blocks == sorted(blocks)
-        positions = [b * BLOCK + n for b in blocks for n in range(BLOCK)][: lengths[0]]
+        positions = [b * BLOCK + n for b in blocks for n in range(BLOCK)][:length]
         expected = wanted(engine, "long", layer, positions)
         assert torch.allclose(found["long", layer], expected, atol=2e-2)
         assert not torch.allclose(found["long", layer], dense["long", layer], atol=2e-2)
-        # The other row of the step is as it was.
-        assert lengths[1] == engine.requests["short"].num_tokens - 1
+        # The other request is as it was.
+        assert engine.attended["short", layer] == (
+            engine.tables["short"],
+            engine.requests["short"].num_tokens - 1,
+        )
         assert torch.equal(found["short", layer], dense["short", layer])
 
 
@@ -96,10 +96,8 @@ def test_a_block_with_the_keys_that_are_asked_for_is_chosen(
 
     monkeypatch.setattr(engine, "kv", kv)
     monkeypatch.setattr(engine, "query", lambda *_: torch.ones(4, 64, dtype=torch.bfloat16))
-    torch_npu.ATTENDED.clear()
     serve(engine, long=PROMPT)
-    tables, _ = torch_npu.ATTENDED[-1]
-    assert int(tables[0, 1]) == engine.tables["long"][4]
+    assert engine.attended["long", 1][0][1] == engine.tables["long"][4]
 
 
 def test_keys_that_came_from_the_store_are_summarised_too(start: Start) -> None:
