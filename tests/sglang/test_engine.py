@@ -147,6 +147,7 @@ def test_tensor_parallel_ranks_and_half_precision(
     assert from_store(alone["batches"][0]) == hits(some)
     assert not any(cached(half["batches"][0]))
     assert from_store(half["batches"][1]) == hits(some)
-    # The chunks of a hit have other shapes, and 8 bits of precision have their own sums of them.
+    # The chunks of a hit have other shapes, and 8 bits of precision have their own sums of them:
+    # logits of 16 and more are an eighth apart.
     for one, other in zip(*half["batches"], strict=True):
-        assert one["logprobs"][0] == pytest.approx(other["logprobs"][0], abs=0.05)
+        assert one["logprobs"][0] == pytest.approx(other["logprobs"][0], abs=0.15)
