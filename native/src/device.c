@@ -139,7 +139,8 @@ static int64_t now_ns(void)
 
 static void free_order(ucm_device *device, order *one)
 {
-    device->driver->free_event(device->api, one->event);
+    if (one->event)
+        device->driver->free_event(device->api, one->event);
     if (one->passed)
         device->driver->free_event(device->api, one->passed);
     free(one);
@@ -350,9 +351,21 @@ void ucm_device_free_mark(ucm_device_mark *mark)
 {
     if (!mark)
         return;
-    if (mark->event && !enter(mark->device)) {
-        mark->device->driver->free_event(mark->device->api, mark->event);
-        leave(mark->device);
+    ucm_device *device = mark->device;
+    if (mark->event && !enter(device)) {
+        int reached = 0;
+        order *later = calloc(1, sizeof *later);
+        if (device->driver->query(device->api, mark->event, &reached))
+            reached = 0;
+        if (reached) {
+            device->driver->free_event(device->api, mark->event);
+            free(later);
+        } else if (later) {
+            /* The stream has yet to record it. */
+            *later = (order){.passed = mark->event, .whole = 1, .next = device->orders};
+            device->orders = later;
+        }
+        leave(device);
     }
     free(mark);
 }

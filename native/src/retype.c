@@ -16,6 +16,16 @@ static inline float same(float value)
     return value;
 }
 
+/* What is finite stays so: one infinite key would make all of an attention's output NaN. */
+static inline uint16_t finite_half(float value)
+{
+    const uint16_t half = half_of_float(value);
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    const int overflow = (half & 0x7FFF) == 0x7C00 && (bits & 0x7FFFFFFFu) < 0x7F800000u;
+    return (uint16_t)(half - overflow);
+}
+
 #define WAY(name, from_type, load, to_type, store)                                                 \
     CLONES static void name(void *restrict to, const void *restrict from, size_t count)            \
     {                                                                                              \
@@ -25,12 +35,12 @@ static inline float same(float value)
             other[i] = store(load(one[i]));                                                        \
     }
 
-WAY(float_to_half, float, same, uint16_t, half_of_float)
+WAY(float_to_half, float, same, uint16_t, finite_half)
 WAY(float_to_bfloat, float, same, uint16_t, bfloat_of_float)
 WAY(half_to_float, uint16_t, float_of_half, float, same)
 WAY(half_to_bfloat, uint16_t, float_of_half, uint16_t, bfloat_of_float)
 WAY(bfloat_to_float, uint16_t, float_of_bfloat, float, same)
-WAY(bfloat_to_half, uint16_t, float_of_bfloat, uint16_t, half_of_float)
+WAY(bfloat_to_half, uint16_t, float_of_bfloat, uint16_t, finite_half)
 
 int ucm_retype(void *to, int to_type, const void *from, int from_type, size_t count)
 {

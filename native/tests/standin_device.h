@@ -19,7 +19,7 @@
 #define DEVICE_BYTES (1 << 16)
 #endif
 
-enum { MOST_OBJECTS = 4096, MOST_WORK = 8192, FAILED = 719 };
+enum { HOST_ALIGNMENT = 64, MOST_OBJECTS = 4096, MOST_WORK = 8192, FAILED = 719 };
 
 typedef struct {
     enum { COPY, RECORD, WAIT, FILL } kind;
@@ -146,6 +146,8 @@ static void add_copy(void *to, const void *from, size_t bytes, int to_device, vo
     const void *there = to_device ? to : from, *here = to_device ? from : to;
     if (!on_device(there, bytes) || !is_pinned(here, bytes) || !bytes)
         violation("a copy of memory that is not the device's or not pinned");
+    else if ((uintptr_t)here % HOST_ALIGNMENT)
+        violation("a copy of host memory that is not aligned");
     else
         add(stream_of(handle), (work){.kind = COPY, .to = to, .from = from, .bytes = bytes});
 }

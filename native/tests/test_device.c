@@ -133,6 +133,14 @@ static void test_events_are_freed(void)
         standin.run(ALL);
     }
     CHECK(standin.alive() <= before + 4);
+    /* A mark may be let go before it is reached. */
+    ucm_device_mark *mark;
+    CHECK_OK(ucm_device_set_mark(device, &mark));
+    ucm_device_free_mark(mark);
+    standin.run(ALL);
+    CHECK_OK(ucm_device_after(device, 0));
+    standin.run(ALL);
+    CHECK(standin.alive() <= before + 4);
     /* What is still under way when the device is closed is waited for. */
     CHECK_OK(ucm_device_after(device, 0));
     ucm_device_close(device);
@@ -222,9 +230,9 @@ static void test_every_call_may_fail(void)
         standin.run(ALL);
     }
     /* Only closing, freeing, and looking what may be freed fail without anybody being told. */
-    CHECK(failures >= calls - 15);
+    CHECK(failures >= calls - 16);
     /* What a failing call could not free is all that is left. */
-    CHECK(standin.alive() - alive <= 14);
+    CHECK(standin.alive() - alive <= 16);
     CHECK_OK(everything());
 }
 

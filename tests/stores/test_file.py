@@ -165,7 +165,7 @@ def test_what_nobody_used_for_long_goes_though_there_is_room(tmp_path: Path) -> 
 
 def test_what_is_loaded_again_and_again_stays(tmp_path: Path) -> None:
     hot, cold = ids_of(5, seed=1), ids_of(5, seed=2)
-    with open_at(tmp_path, capacity_bytes=8 << 20) as store:
+    with open_at(tmp_path, capacity_bytes=8 << 20, active_segments=1) as store:
         dump(store, hot, payloads_of(5, seed=1))
         dump(store, ids_of(30, seed=3), payloads_of(30, seed=3))  # the cold ones lie elsewhere
         dump(store, cold, payloads_of(5, seed=2))

@@ -40,11 +40,10 @@ def serve(engine: AscendEngine, **prompts: list[int]) -> dict[str, list[int]]:
     return {id: list(engine.requests[id].output_token_ids) for id in prompts}
 
 
-@pytest.mark.parametrize("load_mode", ["async", "layerwise"])
 @pytest.mark.parametrize("save_mode", ["step", "layerwise"])
 @pytest.mark.parametrize("kind", ["mha", "mla", "dsa"])
-def test_cold_then_wiped_then_hit(start: Start, kind: str, load_mode: str, save_mode: str) -> None:
-    modes = {"load_mode": load_mode, "save_mode": save_mode, "load_when": "always"}
+def test_cold_then_wiped_then_hit(start: Start, kind: str, save_mode: str) -> None:
+    modes = {"save_mode": save_mode, "load_when": "always"}
     config = {"connector": modes}
     first = start(kind, config)
     cold = serve(first, a=PROMPT, b=OTHER)
@@ -145,6 +144,13 @@ def test_a_device_without_its_plugin_says_what_to_do(
     monkeypatch.setattr("ucm_vllm.platforms._PLATFORMS", {})
     with pytest.raises(ConfigError, match=r"not on npu.*'ucm_ascend' must be loaded"):
         start("mha")
+
+
+def test_a_step_that_is_rehearsed_saves_nothing(start: Start) -> None:
+    engine = start("mla", {"connector": {"save_mode": "layerwise"}})
+    engine.connector.clear_connector_metadata()
+    engine.connector.save_kv_layer(NAMES[0], list(engine.caches[NAMES[0]]), None)
+    engine.connector.wait_for_layer_load(NAMES[0])
 
 
 def test_kv_in_other_tensors_is_refused(npu: StandInDevice, start: Start) -> None:

@@ -131,6 +131,7 @@ def test_keys_are_read_by_block_head_and_token() -> None:
         ({"prefill_offload": {}}, {}, "prefill_offload"),
         ({"position": {"method": "rerope"}}, {}, "position: works on vLLM's CPU"),
         ({"blend": {}}, {}, "blend"),
+        ({"connector": {"load_mode": "layerwise"}}, {}, "load_mode='layerwise'.*use 'async'"),
         (
             sparse(),
             {

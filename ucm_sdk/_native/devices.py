@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 KINDS: Final = ("cpu", "cuda", "npu")
 """Kinds of devices, as C numbers them."""
-_MARK_ATTEMPTS: Final = 5
+HOST_ALIGNMENT: Final = 64
+"""Bytes: what is copied begins on such an edge of the host's memory, as drivers want it."""
+_ATTEMPTS: Final = 5
+"""How often a driver is asked what must be known."""
 _ROW: Final = np.dtype([("to", "<u8"), ("from", "<u8"), ("bytes", "<u8")])
 
 
@@ -23,6 +26,12 @@ def _checked(status: int, doing: str) -> None:
     if status:
         problem = _ffi.string(_lib.ucm_device_problem()).decode(errors="replace")
         raise error_for(Status(status), f"{doing}: {problem or Status(status).label}")
+
+
+def aligned(sizes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return sizes with room to the next edge of the host's memory."""
+    edge = np.uint64(HOST_ALIGNMENT)
+    return (sizes + edge - np.uint64(1)) // edge * edge
 
 
 class Mark:
@@ -36,12 +45,16 @@ class Mark:
     def wait(self, timeout_s: float) -> bool:
         """Wait until it is reached or the time is over; returns whether it is.
 
-        Raises ``StoreIOError`` when a copy failed.
+        Raises ``StoreIOError`` when the driver says again and again that it failed: then nobody
+        knows when memory that copies use is free.
         """
-        status = _lib.ucm_device_wait(self._handle, _ns(timeout_s))
-        if status != Status.TIMEOUT:
-            _checked(status, "waiting for a device")
-        return bool(status == Status.OK)
+        status = int(Status.IO)
+        for _ in range(_ATTEMPTS):
+            status = _lib.ucm_device_wait(self._handle, _ns(timeout_s))
+            if status in {Status.OK, Status.TIMEOUT}:
+                return bool(status == Status.OK)
+        _checked(status, "waiting for a device")
+        return False
 
 
 class Device:
@@ -117,7 +130,7 @@ class Device:
         Tries a few times: without one nobody knows when memory that copies use is free.
         """
         out, status = _ffi.new("ucm_device_mark **"), Status.IO
-        for _ in range(_MARK_ATTEMPTS):
+        for _ in range(_ATTEMPTS):
             status = _lib.ucm_device_set_mark(self._handle, out)
             if not status:
                 break

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 
-from ucm_sdk._native.devices import Device, Mark
+from ucm_sdk._native.devices import Device, Mark, aligned
 from ucm_sdk.availability import CallThread
 from ucm_sdk.connector.memory import EngineDevice
 from ucm_sdk.connector.plans import Observed
@@ -47,8 +47,10 @@ _HANGS_S: Final = 30.0
 class _StagedTransfer(PartTransfer):
     """A batch whose rows have addresses of the device; they are the same pieces of every block."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Batch, owners: object, *, writes: bool) -> None:
         super().__init__(len(batch.ids))
+        self.owners = owners
+        self._writes = writes
         self.ids = batch.ids
         self.rows = batch.rows.reshape(len(batch.ids), -1)
         self._left = len(batch.ids)
@@ -67,12 +69,20 @@ class _StagedTransfer(PartTransfer):
             self.end(Status.OK)
 
     def cancel(self) -> None:
-        """Stop; what the device has begun to copy is waited for."""
+        """Stop; what the device has begun to write is waited for.
+
+        What it reads goes to a buffer and no further.
+        """
         super().cancel()
-        for mark in tuple(self._marks):
-            with contextlib.suppress(UcmError):
-                if not mark.wait(_HANGS_S):
-                    logger.error("a device hangs; KV that was given up may be written later")
+        deadline = time.monotonic() + _HANGS_S
+        for mark in tuple(self._marks) if self._writes else ():
+            try:
+                reached = mark.wait(max(0.0, deadline - time.monotonic()))
+            except UcmError:
+                reached = False
+            if not reached:
+                logger.error("a device hangs; KV that was given up may be written later")
+                return
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +101,9 @@ class _Chunk:
 
     def places(self, buffer: NDArray[np.uint8]) -> NDArray[np.uint64]:
         """Return where its pieces lie in a buffer, ``[blocks, pieces]``: block after block."""
-        lengths = self.rows["length"].astype(np.uint64)
-        ends = np.cumsum(lengths, dtype=np.uint64).reshape(lengths.shape)
-        return ends - lengths + np.uint64(buffer.ctypes.data)
+        sizes = aligned(self.rows["length"].astype(np.uint64))
+        ends = np.cumsum(sizes, dtype=np.uint64).reshape(sizes.shape)
+        return ends - sizes + np.uint64(buffer.ctypes.data)
 
     def batch(self, buffer: NDArray[np.uint8]) -> Batch:
         """Return the same rows with their places in a buffer."""
@@ -119,8 +129,14 @@ class _Stage(Protocol):
     def cancel(self) -> None:
         """Stop what can be stopped."""
 
+    @property
+    def lost(self) -> bool:
+        """Whether nobody knows any more when the buffer is free."""
+
 
 class _AtStore:
+    lost = False
+
     def __init__(self, task: Task) -> None:
         self._task = task
 
@@ -141,13 +157,15 @@ class _AtDevice:
     def __init__(self, mark: Mark, statuses: NDArray[np.int32]) -> None:
         self._mark = mark
         self._statuses = statuses
+        self.lost = False
 
     def wait(self, timeout_s: float) -> bool:
         try:
-            return self._mark.wait(timeout_s)
-        except UcmError as error:
-            logger.warning("a device did not copy KV: %s", error)
+            return self.lost or self._mark.wait(timeout_s)
+        except UcmError:
+            logger.exception("a device fails; KV that was given up may be written later")
             self._statuses = np.full_like(self._statuses, Status.IO)
+            self.lost = True
             return True
 
     def statuses(self) -> NDArray[np.int32]:
@@ -159,6 +177,8 @@ class _AtDevice:
 
 class _Ended:
     """A stage that did not begin."""
+
+    lost = False
 
     def __init__(self, statuses: NDArray[np.int32]) -> None:
         self._statuses = statuses
@@ -190,10 +210,20 @@ class _UnderWay:
 class _Lane:
     """One direction."""
 
-    def __init__(self, name: str, device: Device, buffer_bytes: int, stages: list[_Begin]) -> None:
+    def __init__(
+        self,
+        name: str,
+        device: Device,
+        buffer_bytes: int,
+        stages: list[_Begin],
+        *,
+        writes: bool,
+    ) -> None:
         self._free = [device.pinned(buffer_bytes) for _ in range(_BUFFERS)]
         self._buffer_bytes = buffer_bytes
         self._stages = stages
+        self._writes = writes
+        """Whether it is the device's memory that is written to."""
         self._queue: queue.SimpleQueue[_Chunk | None] = queue.SimpleQueue()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -201,9 +231,10 @@ class _Lane:
 
     def submit(self, batch: Batch, owners: object) -> Task:
         """Queue a batch."""
-        transfer = _StagedTransfer(batch)
+        transfer = _StagedTransfer(batch, owners, writes=self._writes)
         count = len(batch.ids)
-        at_a_time = max(1, self._buffer_bytes * count // max(1, batch.size_bytes))
+        each = int(aligned(transfer.rows["length"][:1].astype(np.uint64)).sum())
+        at_a_time = max(1, self._buffer_bytes // max(1, each))
         for first in range(0, count, at_a_time):
             self._queue.put(_Chunk(transfer, first, min(first + at_a_time, count)))
         if not count:
@@ -253,7 +284,8 @@ class _Lane:
         while one.stage.wait(0.0):
             statuses = one.stage.statuses()
             if not one.rest or not (statuses == Status.OK).any():
-                self._free.append(one.buffer)
+                if not one.stage.lost:
+                    self._free.append(one.buffer)
                 one.chunk.transfer.settle(one.chunk.first, statuses)
                 return True
             try:
@@ -273,9 +305,16 @@ class Staging:
         """Pin the buffers; raises ``StoreIOError`` where the driver does not allow it."""
         self._store = store
         self._device = device
-        size = max(_BUFFER_BYTES, store.context.layout.payload_bytes)
-        self._loads = _Lane("ucm-load", device.loads, size, [self._read, self._to_device])
-        self._saves = _Lane("ucm-save", device.saves, size, [self._from_device, self._write])
+        pieces = store.context.layout.piece_lengths.astype(np.uint64)
+        size = max(_BUFFER_BYTES, int(aligned(pieces).sum()))
+        loads: list[_Begin] = [self._read, self._to_device]
+        saves: list[_Begin] = [self._from_device, self._write]
+        self._loads = _Lane("ucm-load", device.loads, size, loads, writes=True)
+        try:
+            self._saves = _Lane("ucm-save", device.saves, size, saves, writes=False)
+        except UcmError:
+            self._loads.close(0.0)
+            raise
 
     def load(self, batch: Batch, *, owners: object = None) -> Task:
         """Start a load after what the engine has given its stream so far."""

@@ -186,7 +186,9 @@ class UcmConnector(KVConnectorBase_V1):
     ) -> None:
         """Save one layer, where saving is layer-wise."""
         del kv_layer, attn_metadata, kwargs
-        self._at_worker.save_layer(self._step_plan, layer_name)
+        # Engines rehearse steps, too, without a plan.
+        if self.has_connector_metadata():
+            self._at_worker.save_layer(self._step_plan, layer_name)
 
     def wait_for_save(self) -> None:
         """Start to save what the step completed; nothing is waited for."""

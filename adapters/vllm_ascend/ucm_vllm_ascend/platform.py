@@ -82,6 +82,10 @@ class AscendPlatform:
             if getattr(ucm, name) is not None:
                 msg = f"{name}: works on vLLM's CPU backend only so far; leave it out on NPUs"
                 raise ConfigError(msg)
+        if ucm.connector.load_mode == "layerwise":
+            # Its attention does not wait in steps that only decode, a graph's in none.
+            msg = "connector.load_mode='layerwise': not every layer waits on NPUs; use 'async'"
+            raise ConfigError(msg)
         if ucm.sparse is not None:
             attention.check(config, ucm.sparse)
 

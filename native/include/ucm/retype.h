@@ -9,7 +9,7 @@
 
 /*
  * Writes `count` values of one type as another; types are enum ucm_dtype.  Rounds to nearest, ties
- * to even; what float16 has no room for becomes infinity.  The memory must not overlap.
+ * to even; what is too large for float16 becomes its largest number.  The memory must not overlap.
  * UCM_INVALID for other types.
  */
 int ucm_retype(void *to, int to_type, const void *from, int from_type, size_t count);
