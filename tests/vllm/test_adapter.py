@@ -123,9 +123,25 @@ def test_block_tables_where_they_are_asked_for() -> None:
     assert asked == ["a", "gone"]
 
 
+@pytest.mark.parametrize("name", ["--async-scheduling", "speculative decoding"])
+def test_layers_that_wait_by_themselves_are_refused_where_a_failure_comes_too_late(
+    config: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    layerwise = {"store": UCM.store, "connector": {"load_mode": "layerwise"}}
+    ucm = load_config(layerwise, environment={})
+    compat.check_features(config, ucm)
+    if name.startswith("--"):
+        monkeypatch.setattr(config.scheduler_config, "async_scheduling", True)
+    else:
+        monkeypatch.setattr(config, "speculative_config", SimpleNamespace())
+    with pytest.raises(ConfigError, match=f"load_mode='layerwise'.*{name}; .*use 'async'"):
+        compat.check_features(config, ucm)
+    compat.check_features(config, UCM)
+
+
 @pytest.mark.parametrize("name", ["sparse.offload", "prefill_offload", "blend"])
 def test_a_vllm_that_keeps_connectors_from_its_pool_is_refused(
-    monkeypatch: pytest.MonkeyPatch, name: str
+    config: Any, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.delattr(compat.KVConnectorBase_V1, "bind_kv_cache_manager")
     parts = {
@@ -133,9 +149,11 @@ def test_a_vllm_that_keeps_connectors_from_its_pool_is_refused(
         "prefill_offload": {"prefill_offload": {}},
         "blend": {"blend": {}},
     }
-    compat.check_features(UCM)
+    compat.check_features(config, UCM)
     with pytest.raises(ConfigError, match=f"{name}: vLLM .* use 0.32"):
-        compat.check_features(load_config({"store": UCM.store, **parts[name]}, environment={}))
+        compat.check_features(
+            config, load_config({"store": UCM.store, **parts[name]}, environment={})
+        )
 
 
 @pytest.mark.parametrize(

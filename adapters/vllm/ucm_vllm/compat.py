@@ -14,6 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from ucm_sdk.errors import ConfigError
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
 
     from ucm_sdk.connector import UcmConfig
@@ -38,8 +39,21 @@ def check_version(version: str | None = None) -> str | None:
     return None
 
 
-def check_features(ucm: UcmConfig) -> None:
-    """Refuse what this version has no door for."""
+def check_features(config: VllmConfig, ucm: UcmConfig) -> None:
+    """Refuse what this version has no door for, or does wrong."""
+    if ucm.connector.load_mode == "layerwise":
+        for name, asked in (
+            # It never takes back what it had expected of a request whose load failed.
+            ("--async-scheduling", config.scheduler_config.async_scheduling),
+            # It asks which loads failed before the last layer's has ended.
+            ("speculative decoding", config.speculative_config is not None),
+        ):
+            if asked:
+                msg = (
+                    f"connector.load_mode='layerwise': vLLM cannot make up for a failed load with "
+                    f"{name}; start it without, or use 'async'"
+                )
+                raise ConfigError(msg)
     if hasattr(KVConnectorBase_V1, "bind_kv_cache_manager"):
         return
     asked = {

@@ -74,7 +74,7 @@ class UcmConnector(KVConnectorBase_V1):
         transfer_config.kv_load_failure_policy = ucm.load_failure
         if (warning := compat.check_version()) is not None:
             logger.warning(warning)
-        compat.check_features(ucm)
+        compat.check_features(vllm_config, ucm)
         self._scheduler: VllmScheduler | None = None
         self._worker: VllmWorker | None = None
         if role == KVConnectorRole.SCHEDULER:
