@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -224,6 +226,70 @@ def test_after_a_cancel_a_device_writes_nothing(standin: StandInDevice, tmp_path
     staging.load(batch_of(memory, 64)).wait(10)
     assert (memory == 9).all()
     assert staging.close(10)
+    store.close()
+
+
+def test_a_save_that_is_given_up_is_not_waited_for_and_never_shows(
+    standin: StandInDevice, tmp_path: Path
+) -> None:
+    store = open_store({"kind": "file", "directory": str(tmp_path)}, context_of())
+    staging = Staging(store, standin.engine_device())
+    memory = standin.allocate(8 * 768)
+    standin.hang()
+    time.sleep(0.05)
+    task = staging.dump(batch_of(memory, 8), owners=memory)
+    time.sleep(0.05)
+    began = time.monotonic()
+    task.cancel()
+    assert time.monotonic() - began < 0.5
+    standin.go_on()
+    assert staging.close(10)
+    assert (task.statuses == Status.CANCELLED).all()
+    assert not store.lookup(batch_of(memory, 8).ids).any()
+    store.close()
+
+
+def test_a_load_that_is_given_up_is_waited_for_once(
+    standin: StandInDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ucm_sdk.connector.staging._BUFFER_BYTES", 2 * 768)
+    monkeypatch.setattr("ucm_sdk.connector.staging._HANGS_S", 0.3)
+    store = open_store({"kind": "file", "directory": str(tmp_path)}, context_of())
+    staging = Staging(store, standin.engine_device())
+    memory = standin.allocate(8 * 768)
+    staging.dump(batch_of(memory, 8)).wait(10)
+    standin.hang()
+    time.sleep(0.05)
+    # Three buffers of copies are under way.
+    task = staging.load(batch_of(memory, 8))
+    time.sleep(0.1)
+    began = time.monotonic()
+    task.cancel()
+    assert 0.25 < time.monotonic() - began < 0.6
+    standin.go_on()
+    assert staging.close(10)
+    store.close()
+
+
+def test_memory_lives_as_long_as_a_device_uses_it(standin: StandInDevice, tmp_path: Path) -> None:
+    class Owner:
+        pass
+
+    store = open_store({"kind": "file", "directory": str(tmp_path)}, context_of())
+    staging = Staging(store, standin.engine_device())
+    memory, owner = standin.allocate(8 * 768), Owner()
+    standin.hang()
+    time.sleep(0.05)
+    alive = weakref.ref(owner)
+    staging.dump(batch_of(memory, 8), owners=owner)
+    del owner
+    time.sleep(0.05)
+    gc.collect()
+    assert alive() is not None
+    standin.go_on()
+    assert staging.close(10)
+    gc.collect()
+    assert alive() is None
     store.close()
 
 

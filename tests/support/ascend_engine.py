@@ -238,12 +238,14 @@ class AscendEngine:
         self._computed: dict[str, int] = {}
         self.mismatches = 0
 
-    def submit(self, id: str, prompt: list[int], new: int = 4) -> None:
-        """Queue a request."""
+    def submit(self, id: str, prompt: list[int], new: int = 4, **params: bool) -> None:
+        """Queue a request; ``params`` are its ``kv_transfer_params``."""
         request = Request(
             request_id=id,
             prompt_token_ids=prompt,
-            sampling_params=SamplingParams(max_tokens=new, ignore_eos=True),
+            sampling_params=SamplingParams(
+                max_tokens=new, ignore_eos=True, extra_args={"kv_transfer_params": params}
+            ),
             pooling_params=None,
             block_hasher=self._hasher,
         )

@@ -72,6 +72,19 @@ def test_a_pool_that_is_too_small_for_all(start: Start) -> None:
         assert later.computed(id) == len(longer) + 3 - 3 * BLOCK
 
 
+def test_a_prompt_that_another_engine_is_saving_is_waited_for(start: Start) -> None:
+    patient = {"load_when": "always", "remote_prefill_timeout_s": 20}
+    reader = start("mha", {"connector": patient})
+    reader.submit("r", PROMPT, do_remote_prefill=True)
+    for _ in range(20):
+        reader.step()
+    assert "r" not in reader.tables
+    serve(start("mha"), w=PROMPT)
+    reader.run()
+    assert reader.mismatches == 0
+    assert reader.computed("r") == len(PROMPT) + 3 - 2 * BLOCK
+
+
 @pytest.mark.parametrize("failure", ["missing", "corrupt"])
 def test_a_load_that_fails_is_computed(start: Start, tmp_path: Path, failure: str) -> None:
     cold = serve(start("mla"), a=PROMPT, b=OTHER)
