@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import TYPE_CHECKING, Any, Protocol, final
 
@@ -35,6 +36,42 @@ class Transfer(Protocol):
 
     def elapsed_s(self) -> float:
         """Return the seconds that the transfer took, once it is done."""
+
+
+class ThreadTransfer:
+    """What transfers have in common that a thread of Python's carries out."""
+
+    def __init__(self, blocks: int) -> None:
+        """Begin with every block under way."""
+        self._statuses = np.full(blocks, Status.PENDING, np.int32)
+        self._condition = threading.Condition()
+        self._ended = False
+        self._started = time.monotonic()
+        self._elapsed_s = 0.0
+
+    def _end(self) -> None:
+        """Let everybody know that every block has its status; the condition is held."""
+        self._elapsed_s = time.monotonic() - self._started
+        self._ended = True
+        self._condition.notify_all()
+
+    def done(self) -> bool:
+        """See ``Transfer``."""
+        return self._ended
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """See ``Transfer``."""
+        with self._condition:
+            return self._condition.wait_for(lambda: self._ended, timeout_s)
+
+    def statuses(self) -> NDArray[np.int32]:
+        """See ``Transfer``."""
+        with self._condition:
+            return self._statuses.copy()
+
+    def elapsed_s(self) -> float:
+        """See ``Transfer``."""
+        return self._elapsed_s
 
 
 @final

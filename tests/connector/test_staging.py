@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,30 @@ def test_a_load_that_is_given_up_is_waited_for_once(
     task.cancel()
     assert 0.25 < time.monotonic() - began < 0.6
     standin.go_on()
+    assert staging.close(10)
+    store.close()
+
+
+def test_pieces_of_any_size_lie_on_edges_of_the_hosts_memory(
+    standin: StandInDevice, tmp_path: Path
+) -> None:
+    layout = replace(LAYOUT, piece_bytes=(100, 36))
+    context = StoreContext(Namespace("m", "uint8", "uint8", "full"), layout)
+    store = open_store({"kind": "file", "directory": str(tmp_path)}, context)
+    staging = Staging(store, standin.engine_device())
+    memory = standin.allocate(5 * 136)
+    memory[:] = values = np.arange(5 * 136, dtype=np.uint32).astype(np.uint8)
+    starts = memory.ctypes.data + np.arange(5, dtype=np.uint64)[:, None] * np.uint64(136)
+    batch = Batch.pieces(
+        [bytes([n]) * 32 for n in range(5)],
+        offsets=layout.piece_offsets,
+        lengths=layout.piece_lengths,
+        addresses=starts + layout.piece_offsets[None, :],
+    )
+    staging.dump(batch).wait(10)
+    memory[:] = 0
+    staging.load(batch).wait(10)
+    assert (memory == values).all()
     assert staging.close(10)
     store.close()
 

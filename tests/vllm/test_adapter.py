@@ -269,6 +269,8 @@ def test_every_setting_that_changes_values_is_another_namespace(
     assert digest(engine_config(model_path, max_num_seqs=2)) == digests[0]
     loose = load_config({"store": UCM.store, "dtypes": "any"}, environment={})
     assert digest(config, loose) not in digests
+    namespace = make_namespace(config, kv_config(), loose)
+    assert (namespace.compute_dtype, namespace.kv_dtype) == ("any", "any")
     assert digest(engine_config(model_path, dtype="bfloat16"), loose) == digest(config, loose)
 
 

@@ -5,33 +5,27 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ucm_sdk.errors import Status
+from ucm_sdk.tasks import Task, ThreadTransfer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
-    from ucm_sdk.tasks import Task
 
-
-class PartTransfer:
+class PartTransfer(ThreadTransfer):
     """A transfer whose blocks end in parts, by a thread of the connector's."""
 
     def __init__(self, blocks: int) -> None:
         """Begin with every block under way."""
-        self._statuses = np.full(blocks, Status.PENDING, np.int32)
-        self._condition = threading.Condition()
+        super().__init__(blocks)
         self._write_lock = threading.Lock()
-        self._ended = False
         self.cancelled = False
-        self._started = time.monotonic()
-        self._elapsed_s = 0.0
 
     def fail(self, blocks: NDArray[np.int64], read: Task) -> None:
         """Note blocks that cannot be filled because of what ``read`` gave."""
@@ -49,18 +43,7 @@ class PartTransfer:
         with self._condition:
             rest = Status.CANCELLED if self.cancelled else status
             self._statuses[self._statuses == Status.PENDING] = rest
-            self._elapsed_s = time.monotonic() - self._started
-            self._ended = True
-            self._condition.notify_all()
-
-    def done(self) -> bool:
-        """Whether every block has ended."""
-        return self._ended
-
-    def wait(self, timeout_s: float | None) -> bool:
-        """Wait for the end; returns whether it has come."""
-        with self._condition:
-            return self._condition.wait_for(lambda: self._ended, timeout_s)
+            self._end()
 
     def cancel(self) -> None:
         """Stop; afterwards nothing is written to the caller's memory."""
@@ -68,12 +51,3 @@ class PartTransfer:
         # A copy that has begun is over in milliseconds; afterwards nothing is written.
         with self._write_lock:
             pass
-
-    def statuses(self) -> NDArray[np.int32]:
-        """Return one ``Status`` per block."""
-        with self._condition:
-            return self._statuses.copy()
-
-    def elapsed_s(self) -> float:
-        """Return the seconds that it took, 0 before the end."""
-        return self._elapsed_s

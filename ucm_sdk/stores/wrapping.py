@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import pydantic
 from ucm_sdk.config import Strict
 from ucm_sdk.errors import Status, UcmError
 from ucm_sdk.store import KVStoreBase, StoreContext, check_store_options, open_store
-from ucm_sdk.tasks import Transfer
+from ucm_sdk.tasks import ThreadTransfer, Transfer
 from ucm_sdk.types import Batch, BlockIds, Capabilities, StoreStats
 
 if TYPE_CHECKING:
@@ -35,18 +34,14 @@ class WrappingOptions(Strict):
         return value
 
 
-class DelayedTransfer:
+class DelayedTransfer(ThreadTransfer):
     """A transfer whose chosen blocks fail and whose rest begins after a delay."""
 
     def __init__(self, delay_s: float, blocks: int, failed: dict[int, Status]) -> None:
-        self._statuses = np.full(blocks, Status.PENDING, np.int32)
+        super().__init__(blocks)
         self._failed = failed
-        self._condition = threading.Condition()
         self._inner: Transfer | None = None
-        self._ended = False
         self._cancelled = False
-        self._started = time.monotonic()
-        self._elapsed_s = 0.0
         self.delay_s = delay_s
 
     def begin(self, start: Any) -> None:
@@ -70,18 +65,7 @@ class DelayedTransfer:
             self._statuses[rest] = final
             for index, status in self._failed.items():
                 self._statuses[index] = status
-            self._elapsed_s = time.monotonic() - self._started
-            self._ended = True
-            self._condition.notify_all()
-
-    def done(self) -> bool:
-        """Whether it has ended."""
-        return self._ended
-
-    def wait(self, timeout_s: float | None) -> bool:
-        """Wait until it has ended or the time is over; returns whether it has ended."""
-        with self._condition:
-            return self._condition.wait_for(lambda: self._ended, timeout_s)
+            self._end()
 
     def cancel(self) -> None:
         """Stop, as ``Transfer.cancel`` says."""
@@ -90,15 +74,6 @@ class DelayedTransfer:
             if self._inner is not None:
                 self._inner.cancel()
             self._condition.notify_all()
-
-    def statuses(self) -> NDArray[np.int32]:
-        """Return one ``Status`` per block."""
-        with self._condition:
-            return self._statuses.copy()
-
-    def elapsed_s(self) -> float:
-        """Return the seconds it took."""
-        return self._elapsed_s
 
 
 class WrappingStore(KVStoreBase):
