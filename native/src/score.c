@@ -2,6 +2,7 @@
 #include "ucm/score.h"
 
 #include "score_variants.h"
+#include "ucm/team.h"
 
 #include <stdatomic.h>
 #include <string.h>
@@ -53,6 +54,11 @@ static int valid_dtype(int dtype)
     return dtype == UCM_FLOAT32 || dtype == UCM_FLOAT16 || dtype == UCM_BFLOAT16;
 }
 
+static int valid_tokens(uint32_t tokens)
+{
+    return tokens && tokens <= UCM_SCORE_MOST_TOKENS;
+}
+
 int ucm_score_linear(const ucm_score_shape *shape, uint32_t size, int dtype, const float *queries,
                      const void *centres, float *scores)
 {
@@ -74,7 +80,7 @@ int ucm_score_box(const ucm_score_shape *shape, uint32_t size, int dtype, const 
 int ucm_score_units(const ucm_score_shape *shape, uint32_t units, uint32_t size, int dtype,
                     const float *queries, const void *keys, float *scores)
 {
-    if (!valid(shape) || !valid_dtype(dtype) || !units || units > UCM_SCORE_MOST_TOKENS)
+    if (!valid(shape) || !valid_dtype(dtype) || !valid_tokens(units))
         return UCM_INVALID;
     variant()->units(shape, units, size, dtype, queries, keys, scores);
     return UCM_OK;
@@ -93,18 +99,25 @@ int ucm_score_tables(const ucm_score_shape *shape, uint32_t planes, uint32_t tok
                      const float *tables, const uint8_t *codes, const uint16_t *scales,
                      const float *offsets, float *scores)
 {
-    if (!valid(shape) || !tokens || tokens > UCM_SCORE_MOST_TOKENS)
+    if (!valid(shape) || !valid_tokens(tokens))
         return UCM_INVALID;
     variant()->tables(shape, planes, tokens, tables, codes, scales, offsets, scores);
     return UCM_OK;
 }
 
+static int valid_axes(const ucm_axes *axes, uint32_t heads, uint32_t planes)
+{
+    for (uint32_t i = 0; i < heads * axes->axes; i++)
+        if (axes->groups[i] >= 2 * planes)
+            return 0;
+    return 1;
+}
+
 int ucm_axes_tables(const ucm_score_shape *shape, const ucm_axes *axes, uint32_t planes,
                     const float *queries, float *tables, float *offsets)
 {
-    for (uint32_t i = 0; i < shape->heads * axes->axes; i++)
-        if (axes->groups[i] >= 2 * planes)
-            return UCM_INVALID;
+    if (!valid_axes(axes, shape->heads, planes))
+        return UCM_INVALID;
     variant()->axes_tables(shape, axes, planes, queries, tables, offsets);
     return UCM_OK;
 }
@@ -145,10 +158,15 @@ int ucm_score_mass(const ucm_keys *keys, uint32_t requests, const int32_t *block
     return UCM_OK;
 }
 
+static int valid_rule(int rule)
+{
+    return rule == UCM_VOTE_SCORE || rule == UCM_VOTE_SHARE;
+}
+
 int ucm_vote(const ucm_score_shape *shape, int rule, int together, const float *scores,
              const float *known, float *votes)
 {
-    if (rule != UCM_VOTE_SCORE && rule != UCM_VOTE_SHARE)
+    if (!valid_rule(rule))
         return UCM_INVALID;
     variant()->vote(shape, rule, together, scores, known, votes);
     return UCM_OK;
@@ -190,24 +208,75 @@ int ucm_select(const float *values, uint32_t count, uint32_t wanted, int64_t *pl
     return UCM_OK;
 }
 
-int ucm_choose_by_axes(const ucm_score_shape *shape, const ucm_axes *axes, uint32_t planes,
-                       uint32_t tokens, const float *queries, const uint8_t *codes, int rule,
-                       int together, const float *known, uint32_t wanted, float *scratch,
-                       int64_t *chosen)
+typedef struct {
+    ucm_choice *choices;
+    uint32_t count, heads, group, planes, tokens;
+    int rule, together;
+    atomic_uint next;
+} choosing;
+
+/* The places of a choice's parts of its scratch memory. */
+static float *offsets_of(const choosing *all, const ucm_choice *one)
 {
-    const size_t rows = (size_t)shape->heads * shape->group, blocks = shape->blocks;
-    float *tables = scratch, *offsets = tables + rows * planes * 32, *scores = offsets + rows;
-    float *votes = scores + rows * blocks;
-    if (shape->queries != 1)
+    return one->scratch + (size_t)all->heads * all->group * all->planes * 32;
+}
+
+static float *scores_of(const choosing *all, const ucm_choice *one)
+{
+    return offsets_of(all, one) + (size_t)all->heads * all->group;
+}
+
+static float *votes_of(const choosing *all, const ucm_choice *one)
+{
+    return scores_of(all, one) + (size_t)all->heads * all->group * one->blocks;
+}
+
+static void score_head(const choosing *all, const ucm_choice *one, uint32_t head)
+{
+    const ucm_score_shape shape = {1, 1, all->group, one->blocks, 0, one->blocks, all->heads};
+    const size_t row = (size_t)head * all->group, axis = (size_t)head * one->axes.axes;
+    ucm_axes axes = one->axes;
+    axes.mean += (size_t)head * axes.size;
+    axes.rows += axis * axes.size;
+    axes.levels += axis * 16;
+    axes.groups += axis;
+    float *tables = one->scratch + row * all->planes * 32, *offsets = offsets_of(all, one) + row;
+    variant()->axes_tables(&shape, &axes, all->planes, one->queries + row * axes.size, tables,
+                           offsets);
+    variant()->tables(&shape, all->planes, all->tokens, tables,
+                      one->codes + (size_t)head * all->planes * all->tokens, NULL, offsets,
+                      scores_of(all, one) + row * one->blocks);
+}
+
+/* Takes a head of a choice at a time; who scores a choice's last one makes it. */
+static int share_choices(void *work)
+{
+    choosing *all = work;
+    for (uint32_t i; (i = atomic_fetch_add(&all->next, 1)) < all->count * all->heads;) {
+        ucm_choice *one = &all->choices[i / all->heads];
+        score_head(all, one, i % all->heads);
+        if (__atomic_add_fetch(&one->ready, 1, __ATOMIC_ACQ_REL) < all->heads)
+            continue;
+        const ucm_score_shape shape = {1, all->heads, all->group, one->blocks, 0, one->blocks, 0};
+        float *votes = votes_of(all, one);
+        variant()->vote(&shape, all->rule, all->together, scores_of(all, one), one->known, votes);
+        for (uint32_t list = 0; list < (all->together ? 1 : all->heads); list++)
+            ucm_select(votes + (size_t)list * one->blocks, one->blocks, one->wanted,
+                       one->chosen + (size_t)list * one->wanted);
+    }
+    return UCM_OK;
+}
+
+int ucm_choose_by_axes(ucm_choice *choices, uint32_t count, uint32_t heads, uint32_t group,
+                       uint32_t planes, uint32_t tokens, int rule, int together)
+{
+    if (!valid_tokens(tokens) || !valid_rule(rule))
         return UCM_INVALID;
-    int status = ucm_axes_tables(shape, axes, planes, queries, tables, offsets);
-    if (!status)
-        status = ucm_score_tables(shape, planes, tokens, tables, codes, NULL, offsets, scores);
-    if (!status)
-        status = ucm_vote(shape, rule, together, scores, known, votes);
-    for (uint32_t i = 0; !status && i < (together ? 1 : shape->heads); i++)
-        status = ucm_select(votes + i * blocks, shape->blocks, wanted, chosen + (size_t)i * wanted);
-    return status;
+    for (uint32_t i = 0; i < count; i++)
+        if (choices[i].wanted > choices[i].blocks || !valid_axes(&choices[i].axes, heads, planes))
+            return UCM_INVALID;
+    choosing all = {choices, count, heads, group, planes, tokens, rule, together, 0};
+    return ucm_team_run(share_choices, &all);
 }
 
 int ucm_attend(const ucm_pages *pages, const ucm_region *regions, uint32_t region_count,

@@ -15,6 +15,11 @@ static inline void prefetch(const void *at, size_t bytes, size_t ahead)
         __builtin_prefetch((const void *)((uintptr_t)at + ahead + i));
 }
 
+static inline size_t summary_heads(const ucm_score_shape *shape)
+{
+    return shape->summary_heads ? shape->summary_heads : shape->heads;
+}
+
 enum { AHEAD = 1024 }; /* bytes: far enough that what is read in order is there in time */
 enum { MOST_GROUP = 4 }; /* query heads that share one pass over a summary; no more than LANES */
 enum { TILE_ROWS = 256, TILE_BLOCKS = UCM_SCORE_TOGETHER }; /* a multiple of LANES */
@@ -94,7 +99,7 @@ static inline __attribute__((always_inline)) void bounds(
                     for (uint32_t member = 0; member < shape->group; member += MOST_GROUP) {       \
                         const size_t part = (size_t)query * shape->heads + kv;                     \
                         const size_t row = part * shape->group + member;                           \
-                        const size_t of = (size_t)block * shape->heads + kv;                       \
+                        const size_t of = (size_t)block * summary_heads(shape) + kv;               \
                         float *to = base + row * apart + (block - begin);                          \
                         switch (shape->group - member) {                                           \
                         case 1: WITH_HEADS(1, __VA_ARGS__) break;                                  \
@@ -187,7 +192,7 @@ static void box(const ucm_score_shape *shape, uint32_t size, int dtype, const fl
     {                                                                                              \
         enum { HEADS = count };                                                                    \
         for (uint32_t block = begin; block < end; block++) {                                       \
-            const size_t of = (size_t)block * shape->heads + kv;                                   \
+            const size_t of = (size_t)block * summary_heads(shape) + kv;                           \
             const uint32_t at = (block - begin) * padded;                                          \
             __VA_ARGS__                                                                            \
         }                                                                                          \
@@ -280,7 +285,7 @@ static void tables_scores(const ucm_score_shape *shape, uint32_t planes, uint32_
     FOR_EACH_RUN(
         tokens, const uint8_t *mine = codes + of * planes * tokens;
         /* The hardware does not see where this goes, since heads take turns. */
-        prefetch(mine, planes * tokens, (size_t)run * shape->heads * planes * tokens);
+        prefetch(mine, planes * tokens, run * summary_heads(shape) * planes * tokens);
         const uint16_t *scale = scales ? scales + of * tokens : NULL;
         uint32_t token = 0;
         for (; token + LANES <= tokens; token += LANES) {

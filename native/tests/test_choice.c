@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /* Codes, tables, known masses, votes and choices of every instruction set, against plain sums. */
-#include "check.h"
+#include "standin_openmp.h"
 #include "ucm/score.h"
+#include "ucm/team.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -237,6 +238,61 @@ static void test_select(void)
     }
 }
 
+/* Choices of other blocks by one call are what the functions for each step find. */
+static void test_choices(int joined)
+{
+    enum { CHOICES = 4, TABLES = H * GROUP * PLANES * 32, ROWS = H * GROUP };
+    static const uint32_t blocks[CHOICES] = {N, 0, 1, N - 5}, wanted[CHOICES] = {9, 0, 1, N - 5};
+    static uint16_t rows[H * AXES * SIZE], levels[H * AXES * 16];
+    static uint8_t groups[H * AXES], codes[N][H][PLANES][B];
+    static float asked[CHOICES][H][GROUP][SIZE], known[H][GROUP];
+    static float scratch[CHOICES][TABLES + ROWS * (1 + N) + H * N];
+    static float tables[TABLES], offsets[ROWS], scores[ROWS * N], votes[H * N];
+    int64_t found[CHOICES][H * N], expected[H * N];
+    fill(asked, sizeof asked);
+    fill(known, sizeof known);
+    for (size_t i = 0; i < sizeof codes; i++)
+        ((uint8_t *)codes)[i] = (uint8_t)rand();
+    for (int i = 0; i < H * AXES * SIZE; i++)
+        rows[i] = (uint16_t)(0x3400 + rand() % 0x800);
+    for (int i = 0; i < H * AXES * 16; i++)
+        levels[i] = (uint16_t)(0x3000 + rand() % 0x800 + rand() % 2 * 0x8000);
+    for (int i = 0; i < H * AXES; i++)
+        groups[i] = (uint8_t)(i * 3 % (2 * PLANES));
+    const ucm_axes axes = {SIZE, AXES, mean[0], rows, levels, groups};
+    for (int together = 0; together < 2; together++) {
+        ucm_choice choices[CHOICES];
+        const uint32_t lists = together ? 1 : H;
+        const int before = regions;
+        for (int i = 0; i < CHOICES; i++)
+            choices[i] = (ucm_choice){axes,           blocks[i],  wanted[i],
+                                      asked[i][0][0], codes[0][0][0],
+                                      i % 2 ? known[0] : NULL, scratch[i], found[i], 0};
+        CHECK_OK(ucm_choose_by_axes(choices, CHOICES, H, GROUP, PLANES, B, UCM_VOTE_SHARE,
+                                    together));
+        CHECK(regions - before == joined);
+        for (int i = 0; i < CHOICES; i++) {
+            const ucm_score_shape one = {1, H, GROUP, blocks[i], 0, blocks[i], 0};
+            const ucm_choice *of = &choices[i];
+            CHECK_OK(ucm_axes_tables(&one, &axes, PLANES, of->queries, tables, offsets));
+            CHECK_OK(ucm_score_tables(&one, PLANES, B, tables, of->codes, NULL, offsets, scores));
+            CHECK_OK(ucm_vote(&one, UCM_VOTE_SHARE, together, scores, of->known, votes));
+            for (uint32_t list = 0; list < lists; list++)
+                CHECK_OK(ucm_select(votes + list * blocks[i], blocks[i], wanted[i],
+                                    expected + list * wanted[i]));
+            CHECK(!memcmp(found[i], expected, lists * wanted[i] * sizeof *expected));
+        }
+        choices[2].wanted = 2; /* of one block */
+        CHECK(ucm_choose_by_axes(choices, CHOICES, H, GROUP, PLANES, B, UCM_VOTE_SHARE,
+                                 together) == UCM_INVALID);
+        CHECK(ucm_choose_by_axes(choices, 2, H, GROUP, 1, B, UCM_VOTE_SHARE, together) ==
+              UCM_INVALID);
+        CHECK(ucm_choose_by_axes(choices, 2, H, GROUP, PLANES, B, 2, together) == UCM_INVALID);
+        CHECK(ucm_choose_by_axes(choices, 2, H, GROUP, PLANES, UCM_SCORE_MOST_TOKENS + 1,
+                                 UCM_VOTE_SHARE, together) == UCM_INVALID);
+    }
+}
+
 int main(void)
 {
     static const char *const names[] = {"portable", "avx2", "avx512"};
@@ -250,6 +306,10 @@ int main(void)
         test_tables();
         test_mass();
         test_vote();
+        test_choices(0);
+        CHECK_OK(ucm_team_join());
+        test_choices(1);
+        ucm_team_leave();
     }
     test_select();
     return 0;

@@ -241,36 +241,34 @@ def test_a_method_that_fails_for_one_row_leaves_no_slot_that_looks_loaded(
     query = query_of()
     worker.table(query)
     other = -query_of(3)
-    choose = worker.manager.choose
+    begin_beside(worker, "broken")
+    choose, asked = worker.manager.method.choose, []
 
-    def failing(request: str, *args: Any, **more: Any) -> Any:
-        if request == "broken":
+    def failing(question: Any) -> Any:
+        asked.append(question)
+        if len(asked) == 2:
             raise ArithmeticError
-        return choose(request, *args, **more)
+        return choose(question)
 
-    worker.side.begin_step(SparsePlan(begun=(("broken", PROMPT),)))
-    blocks = TABLE[:BLOCKS]
-    rows = [DecodeRow("r", BLOCKS * B, blocks), DecodeRow("broken", BLOCKS * B, blocks)]
-    monkeypatch.setattr(worker.manager, "choose", failing)
-    with pytest.raises(ArithmeticError):
-        worker.side.tables(1, rows, np.stack([other, other]))
+    rows = [DecodeRow(id, BLOCKS * B, TABLE[:BLOCKS]) for id in ("r", "broken")]
+    with monkeypatch.context() as broken:
+        broken.setattr(worker.manager.method, "choose", failing)
+        with pytest.raises(ArithmeticError):
+            worker.side.tables(1, rows, np.stack([other, other]))
     table = worker.again(other, tokens=BLOCKS * B)
-    chosen = choose("r", 1, other, tokens=BLOCKS * B)
+    chosen = worker.manager.choose("r", 1, other, tokens=BLOCKS * B)
     assert chosen is not None
     for slot, block in zip(table[1:-3], chosen.middle[0], strict=True):
         assert (worker.pages[1, slot] == block).all()
 
 
-def test_the_rows_of_a_layer_are_loaded_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    worker = make(tmp_path)
-    worker.begin()
+def begin_beside(worker: Any, id: str) -> Any:
+    """Begin a request of the same blocks with slots of its own; returns its cut."""
     cut = worker.manager.budget.cut(BLOCKS * B, B)
     ids, slots = tuple(IDS[cut.first : cut.last]), tuple(range(220, 230))
-    change = SparseChange("s", cut.first, cut.last, ids, slots)
-    worker.side.begin_step(SparsePlan(begun=(("s", PROMPT),), changes=(change,)))
-    for request in ("r", "s"):
+    change = SparseChange(id, cut.first, cut.last, ids, slots)
+    worker.side.begin_step(SparsePlan(begun=((id, PROMPT),), changes=(change,)))
+    for request in ("r", id):
         worker.side.summarise(
             1,
             request,
@@ -278,6 +276,15 @@ def test_the_rows_of_a_layer_are_loaded_at_once(
             tokens=BLOCKS * B,
             keys=lambda some: worker.keys[some.start : some.stop : some.step],
         )
+    return cut
+
+
+def test_the_rows_of_a_layer_are_loaded_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = make(tmp_path)
+    worker.begin()
+    cut = begin_beside(worker, "s")
     queries = np.stack([query_of(1), query_of(2)])
     rows = [DecodeRow(request, BLOCKS * B, TABLE[:BLOCKS]) for request in ("r", "s")]
     load, batches = worker.store.load, []

@@ -171,9 +171,18 @@ def test_one_call_chooses_what_four_calls_choose(
     votes = scoring.votes(
         scores, None if known is None else known[None], shares=shares, together=together
     )
-    found = kernels.choose_by_axes(query, basis, codes, known, 17, shares=shares, together=together)
-    assert np.array_equal(found, scoring.best(votes[0], 17))
-    assert found.shape == (1 if together else H, 17)
+    choices = [
+        scoring.AxesChoice(query, basis, codes, known, 17),
+        scoring.AxesChoice(query[:, ::-1], basis, codes[:40], known, 5),
+        scoring.AxesChoice(query, basis, codes, known, 17),
+    ]
+    found = kernels.choose_by_axes(choices, shares=shares, together=together)
+    assert found is not None
+    for one in (found[0], found[2]):
+        assert np.array_equal(one, scoring.best(votes[0], 17))
+        assert one.shape == (1 if together else H, 17)
+    [alone] = scoring.choose_by_axes(choices[1:2], shares=shares, together=together)
+    assert np.array_equal(found[1], alone)
 
 
 def test_votes_are_shares_of_all_that_is_known(instruction_set: str) -> None:

@@ -7,12 +7,14 @@ their type: float32, float16, or uint16, which stands for the bfloat16 that NumP
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from ucm_sdk._native import _check, _ffi, _lib
-from ucm_sdk._native.threads import processors, threads
+from ucm_sdk._native.threads import in_team, processors, threads
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -188,49 +190,58 @@ def known_mass(
     return mass
 
 
+@dataclass(frozen=True, slots=True)
+class AxesChoice:
+    """A choice by one query, from blocks whose keys have codes on axes."""
+
+    queries: Floats
+    """Scaled, ``[1, H, g, d]``."""
+    basis: tuple[NDArray[Any], ...]
+    """What ``axes_tables`` takes."""
+    codes: NDArray[np.uint8]
+    """``[n, H, p, B]``."""
+    known: Floats | None
+    """``[H, g]``."""
+    count: int
+
+
 def choose_by_axes(
-    queries: Floats,
-    basis: tuple[NDArray[Any], ...],
-    codes: NDArray[np.uint8],
-    known: Floats | None,
-    count: int,
-    *,
-    shares: bool,
-    together: bool,
-) -> NDArray[np.int64]:
-    """Return the best blocks, ``[H, count]`` or ``[1, count]``, by one query ``[1, H, g, d]``.
+    choices: Sequence[AxesChoice], *, shares: bool, together: bool
+) -> list[NDArray[np.int64]]:
+    """Return the best blocks of each, ``[H, count]`` or ``[1, count]``.
 
-    The same as ``axes_tables``, ``table_scores``, ``votes`` and ``best`` after another; ``basis``
-    is what the first of these takes.
+    The same as ``axes_tables``, ``table_scores``, ``votes`` and ``best`` after another.  All of one
+    geometry; the heads of all are shared with the team of a thread that has joined one.
     """
-    blocks, heads, planes, tokens = codes.shape
-    call = _Call(queries, blocks)
-    choices, rows = 1 if together else heads, heads * queries.shape[2]
-    scratch = np.empty(rows * (32 * planes + 1 + blocks) + choices * blocks, np.float32)
-    chosen = np.empty((choices, count), np.int64)
-    axes, kept = _axes(queries.shape[-1], *basis)
-    status = _lib.ucm_choose_by_axes(
-        call.shape,
-        axes,
-        planes,
-        tokens,
-        call.queries,
-        _data(codes),
-        _lib.UCM_VOTE_SHARE if shares else _lib.UCM_VOTE_SCORE,
-        together,
-        _ffi.NULL if known is None else _data(known.astype(np.float32, copy=False)),
-        count,
-        _data(scratch),
-        _data(chosen),
-    )
+    _, heads, planes, tokens = choices[0].codes.shape
+    group, lists = choices[0].queries.shape[2], 1 if together else heads
+    rows = _ffi.new("ucm_choice[]", len(choices))
+    found, kept = [], []
+    for row, one in zip(rows, choices, strict=True):
+        blocks = len(one.codes)
+        floats = heads * group * (32 * planes + 1 + blocks) + lists * blocks
+        chosen = np.empty((lists, one.count), np.int64)
+        axes = _axes(one.queries.shape[-1], *one.basis)
+        parts = [
+            _data(part) for part in (one.queries, one.codes, np.empty(floats, np.float32), chosen)
+        ]
+        row.axes, row.blocks, row.wanted = axes[0][0], blocks, one.count
+        row.queries, row.codes, row.scratch, row.chosen = parts
+        if one.known is not None:
+            parts.append(_data(one.known.astype(np.float32, copy=False)))
+            row.known = parts[-1]
+        found.append(chosen)
+        kept.append((axes, parts))
+    rule = _lib.UCM_VOTE_SHARE if shares else _lib.UCM_VOTE_SCORE
+    geometry = (heads, group, planes, tokens)
+    _check(_lib.ucm_choose_by_axes(rows, len(rows), *geometry, rule, together), "choosing")
     del kept
-    _check(status, "choosing")
-    return chosen
+    return found
 
 
-def is_small(codes: NDArray[np.uint8]) -> bool:
-    """Whether one thread scores these best."""
-    return codes.nbytes < 2 * _PART_BYTES
+def shares_choices(codes: NDArray[np.uint8]) -> bool:
+    """Whether ``choose_by_axes`` is faster than scores that threads of ours share."""
+    return codes.nbytes < 2 * _PART_BYTES or in_team()
 
 
 def votes(scores: Floats, known: Floats | None, *, shares: bool, together: bool) -> Floats:
@@ -276,26 +287,26 @@ class _Call:
     def __init__(self, queries: NDArray[Any], blocks: int, dtype: type = np.float32) -> None:
         self.queries = _data(queries.astype(dtype, copy=False))
         count, heads, group = queries.shape[:3]
-        self.shape = _ffi.new("ucm_score_shape *", (count, heads, group, blocks, 0, blocks))
-        self._scores = np.empty((count, heads, group, blocks), np.float32)
+        self.shape = _ffi.new("ucm_score_shape *", (count, heads, group, blocks, 0, blocks, 0))
 
     def run(self, function: Any, *arguments: Any, nbytes: int) -> Floats:
         """Score from ``nbytes`` of summaries, on several threads where that pays."""
-        scores = _data(self._scores)
         shape, blocks = self.shape, self.shape.blocks
+        found = np.empty((shape.queries, shape.heads, shape.group, blocks), np.float32)
+        scores = _data(found)
         parts = min(processors(), nbytes // _PART_BYTES, blocks // _TOGETHER)
         if parts <= 1:
             _check(function(shape, *arguments, scores), "scoring")
-            return self._scores
+            return found
         step = -(-blocks // (parts * _TOGETHER)) * _TOGETHER
         fields = (shape.queries, shape.heads, shape.group, blocks)
         shapes = [
-            _ffi.new("ucm_score_shape *", (*fields, first, min(step, blocks - first)))
+            _ffi.new("ucm_score_shape *", (*fields, first, min(step, blocks - first), 0))
             for first in range(0, blocks, step)
         ]
         for status in threads().map(lambda part: function(part, *arguments, scores), shapes):
             _check(status, "scoring")
-        return self._scores
+        return found
 
 
 def _data(array: NDArray[Any]) -> Any:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from ucm_sdk.connector.memory import KVMemory
     from ucm_sdk.connector.offload import SparsePlan
-    from ucm_sdk.sparse import Array, Cut, SparseKVManager
+    from ucm_sdk.sparse import Array, Choice, Cut, SparseKVManager
     from ucm_sdk.store import KVStoreBase
 
 logger = logging.getLogger(__name__)
@@ -175,10 +175,19 @@ class SparseWorkerSide:
         the last of its request; None stands for all of a row's blocks.  Waits for the loads of
         chosen blocks, all rows' at once; one that fails is left out.
         """
-        parts = [
-            self._part(layer, row, queries[index], None if known is None else known[index])
+        # The prompt's last token is not decoded, though it may come alone.
+        decoding = [
+            index
             for index, row in enumerate(rows)
+            if row.tokens > self._manager.prompt_tokens(row.request)
         ]
+        if len(decoding) < len(rows):
+            queries, known = queries[decoding], None if known is None else known[decoding]
+        asked = [(rows[index].request, rows[index].tokens) for index in decoding]
+        choices = self._manager.choose_all(layer, asked, queries, known)
+        parts: list[_Part | None] = [None] * len(rows)
+        for index, choice in zip(decoding, choices, strict=True):
+            parts[index] = self._part(rows[index], choice)
         # Nothing counts as loaded before every row has chosen: a method may fail.
         for part in parts:
             if part is not None and len(part.places):
@@ -186,18 +195,12 @@ class SparseWorkerSide:
         self._fill_slots(layer, [part for part in parts if part is not None and part.loads])
         return [None if part is None else part.table() for part in parts]
 
-    def _part(
-        self, layer: int, row: DecodeRow, queries: Array, known: Array | None
-    ) -> _Part | None:
-        id, tokens = row.request, row.tokens
-        request = self._requests[id]
-        if tokens <= self._manager.prompt_tokens(id):
-            return None  # the prompt's last token is not decoded, though it may come alone
-        choice = self._manager.choose(id, layer, queries, tokens=tokens, known=known)
+    def _part(self, row: DecodeRow, choice: Choice | None) -> _Part | None:
+        request = self._requests[row.request]
         if choice is None:
             if request.last <= request.first:
                 return None
-            cut = self._manager.budget.cut(tokens, self._manager.method.geometry.block_tokens)
+            cut = self._manager.budget.cut(row.tokens, self._manager.method.geometry.block_tokens)
             return _Part(row, request, cut, chosen=False, found=np.empty(0, np.int32))
         middle = choice.middle[0]
         part = _Part(row, request, choice.cut, chosen=True, found=row.blocks[middle])

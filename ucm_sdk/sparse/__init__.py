@@ -14,6 +14,7 @@ from ucm_sdk.sparse.base import (
     Arrays,
     AttentionGeometry,
     MethodOptions,
+    Question,
     SummaryField,
     UcmSparseBase,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "Choice",
     "Cut",
     "MethodOptions",
+    "Question",
     "SlotTable",
     "SparseBudget",
     "SparseKVManager",

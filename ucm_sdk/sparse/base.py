@@ -11,6 +11,7 @@ which its caller keeps.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
@@ -87,6 +88,21 @@ class MethodOptions(Strict):
     """Layers that use the choice of the nearest layer below that chooses."""
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Which blocks of one request's layer matter to some queries."""
+
+    queries: Array
+    """``[Q, H, g, d]``, not scaled."""
+    summaries: Arrays
+    """Of the blocks to choose from, one array per field."""
+    basis: Arrays
+    known: Array | None
+    """``[H, g]``: the log-sum-exp of the scores over the tokens that are kept anyway."""
+    count: int
+    """How many blocks."""
+
+
 class UcmSparseBase(ABC):
     """One method for one attention geometry.
 
@@ -134,16 +150,18 @@ class UcmSparseBase(ABC):
         estimate of ``log(sum(exp(scale * query · key)))`` over the block's tokens.
         """
 
-    def choose(
-        self, queries: Array, summaries: Arrays, basis: Arrays, known: Array | None, count: int
-    ) -> Array:
-        """Return the ``count`` blocks ``[H, count]``, or ``[1, count]``, of most votes, ascending.
+    def choose(self, asked: Question) -> Array:
+        """Return the blocks ``[H, count]``, or ``[1, count]``, of most votes, ascending.
 
-        What ``score``, ``vote`` and ``select`` say together; ``known`` ``[H, g]``.
+        What ``score``, ``vote`` and ``select`` say together.
         """
-        scores = self.score(queries, summaries, basis)
-        votes = self.vote(scores, None if known is None else known[None])
-        return self.select(array_namespace(votes).sum(votes, axis=0), count)
+        scores = self.score(asked.queries, asked.summaries, asked.basis)
+        votes = self.vote(scores, None if asked.known is None else asked.known[None])
+        return self.select(array_namespace(votes).sum(votes, axis=0), asked.count)
+
+    def choose_all(self, asked: Sequence[Question]) -> list[Array]:
+        """Return what ``choose`` says of each of several requests, for one layer of a step."""
+        return [self.choose(one) for one in asked]
 
     @property
     def counts_shares(self) -> bool:

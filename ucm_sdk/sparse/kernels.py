@@ -6,6 +6,7 @@ Shapes as in ``ucm_sdk.sparse.base``; queries are already scaled.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -13,7 +14,8 @@ from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
 from ucm_sdk._native import scoring
-from ucm_sdk.sparse.base import Array, Arrays, logsumexp
+from ucm_sdk._native.scoring import AxesChoice
+from ucm_sdk.sparse.base import Array, logsumexp
 
 _BIT_COUNT: Final = np.array([byte.bit_count() for byte in range(256)], np.uint8)
 
@@ -188,27 +190,19 @@ def axes_codes(
 
 
 def choose_by_axes(
-    queries: Array,
-    basis: Arrays,
-    codes: Array,
-    known: Array | None,
-    count: int,
-    *,
-    shares: bool,
-    together: bool,
-) -> Array | None:
+    choices: Sequence[AxesChoice], *, shares: bool, together: bool
+) -> list[NDArray[np.int64]] | None:
     """Return what ``axes_tables``, ``table_scores``, voting and selecting give, in one call.
 
     None where there is no such call: for other arrays than NumPy's, for several queries, and where
-    scoring alone takes so long that it is better shared by threads.
+    scoring alone takes so long that it is better shared by threads of ours.
     """
-    if not isinstance(queries, np.ndarray) or len(queries) > 1 or not scoring.is_small(codes):
-        return None
-    if codes.shape[3] > scoring.MOST_TOKENS:
-        return None
-    return scoring.choose_by_axes(
-        queries, basis, codes, known, count, shares=shares, together=together
-    )
+    for one in choices:
+        if not isinstance(one.queries, np.ndarray) or len(one.queries) > 1:
+            return None
+        if one.codes.shape[3] > scoring.MOST_TOKENS or not scoring.shares_choices(one.codes):
+            return None
+    return scoring.choose_by_axes(choices, shares=shares, together=together)
 
 
 def known_mass(

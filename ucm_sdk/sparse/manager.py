@@ -17,7 +17,7 @@ from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
 from ucm_sdk.errors import ArgumentError
-from ucm_sdk.sparse.base import Array, Arrays, UcmSparseBase
+from ucm_sdk.sparse.base import Array, Arrays, Question, UcmSparseBase
 from ucm_sdk.sparse.budget import Cut, SparseBudget
 
 _PIECE_TOKENS: Final = 1024
@@ -213,20 +213,50 @@ class SparseKVManager:
         tokens: int,
         known: Array | None = None,
     ) -> Choice | None:
-        """Return what a decode step of ``layer`` attends to; None for everything.
+        """Return what a decode step of one request attends to: see ``choose_all``."""
+        also = None if known is None else known[None]
+        return self.choose_all(layer, [(request_id, tokens)], queries[None], also)[0]
 
-        ``queries`` ``[H, g, d]`` of the last of ``tokens`` tokens; ``known`` ``[H, g]`` is the
-        log-sum-exp of its scores over the sink and recent tokens, where the caller has it.
-        Layers that choose must be asked before those that reuse their choice.
+    def choose_all(
+        self,
+        layer: int,
+        rows: Sequence[tuple[str, int]],
+        queries: Array,
+        known: Array | None = None,
+    ) -> list[Choice | None]:
+        """Return what a decode step of ``layer`` attends to, for each row; None for everything.
+
+        ``rows`` are requests, each once, and how many tokens they have; ``queries``
+        ``[R, H, g, d]`` are of the last of these; ``known`` ``[R, H, g]`` is the log-sum-exp of
+        their scores over the sink and recent tokens, where the caller has it.  Layers that choose
+        must be asked before those that reuse their choice.
         """
         source = self.method.source_layer(layer)
-        cut = self.budget.cut(tokens, self.method.geometry.block_tokens)
-        if source is None or cut.dense:
-            return None
-        state = self._requests[request_id].layers[source]
-        if source == layer:
-            self._refresh(state, queries, cut, known)
-        return None if state.chosen is None else Choice(cut, state.chosen)
+        if source is None:
+            return [None] * len(rows)
+        found: list[tuple[_Layer, Cut]] = []
+        asked: list[tuple[_Layer, Cut, Question]] = []
+        for index, (request_id, tokens) in enumerate(rows):
+            cut = self.budget.cut(tokens, self.method.geometry.block_tokens)
+            state = self._requests[request_id].layers[source]
+            found.append((state, cut))
+            if source == layer and not cut.dense:
+                mass = None if known is None else known[index]
+                question = self._question(state, queries[index], cut, mass)
+                if question is not None:
+                    asked.append((state, cut, question))
+        if asked:
+            answers = self.method.choose_all([question for _, _, question in asked])
+            for (state, cut, _), answer in zip(asked, answers, strict=True):
+                chosen = answer + cut.first
+                state.chosen = np.asarray(
+                    chosen.cpu() if hasattr(chosen, "cpu") else chosen, np.int64
+                )
+                state.age, state.cut = 0, cut
+        return [
+            None if cut.dense or state.chosen is None else Choice(cut, state.chosen)
+            for state, cut in found
+        ]
 
     def summary_bytes(self) -> int:
         """Return the bytes of all summaries, their spare room included."""
@@ -237,7 +267,10 @@ class SparseKVManager:
             for array in layer.arrays
         )
 
-    def _refresh(self, state: _Layer, queries: Array, cut: Cut, known: Array | None) -> None:
+    def _question(
+        self, state: _Layer, queries: Array, cut: Cut, known: Array | None
+    ) -> Question | None:
+        """Return what to ask the method; None where the last choice stays, or nothing can be."""
         stride = self.method.options.stride
         window = stride if self.method.query_window == "stride" else 1
         state.queries.append(queries)
@@ -245,16 +278,15 @@ class SparseKVManager:
             state.queries.popleft()
         state.age += 1
         if state.chosen is not None and state.age < stride and _same_middle(state.cut, cut):
-            return
+            return None
         if state.count < cut.last or state.basis is None:
             state.chosen = None
-            return
-        xp = array_namespace(queries)
+            return None
         middle = tuple(array[cut.first : cut.last] for array in state.arrays)
-        asked = xp.stack(list(state.queries))
-        chosen = self.method.choose(asked, middle, state.basis, known, cut.chosen) + cut.first
-        state.chosen = np.asarray(chosen.cpu() if hasattr(chosen, "cpu") else chosen, np.int64)
-        state.age, state.cut = 0, cut
+        # Most methods ask for one, which needs no copy.
+        several = len(state.queries) > 1
+        recent = array_namespace(queries).stack([*state.queries]) if several else queries[None]
+        return Question(recent, middle, state.basis, known, cut.chosen)
 
 
 def _same_middle(before: Cut | None, now: Cut) -> bool:

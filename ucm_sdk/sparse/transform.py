@@ -13,18 +13,21 @@ says nothing about which token matters.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Final, Literal
 
 import numpy as np
 from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
+from ucm_sdk._native.scoring import AxesChoice
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.sparse.base import (
     Array,
     Arrays,
     AttentionGeometry,
     MethodOptions,
+    Question,
     SummaryField,
     UcmSparseBase,
 )
@@ -171,21 +174,20 @@ class Transform(UcmSparseBase):
         tables, offsets = axes_tables(scaled, *basis[:4], planes=self._planes)
         return table_scores(tables, summaries[0], offsets=offsets)
 
-    def choose(
-        self, queries: Array, summaries: Arrays, basis: Arrays, known: Array | None, count: int
-    ) -> Array:
-        """See the base class."""
-        xp = array_namespace(queries)
+    def choose_all(self, asked: Sequence[Question]) -> list[Array]:
+        """See the base class; in one call into C where that can be."""
         fused = choose_by_axes(
-            xp.astype(queries, xp.float32) * self.geometry.score_scale,
-            basis[:4],
-            summaries[0],
-            self.counted(known),
-            count,
+            [self._by_axes(one) for one in asked],
             shares=self.counts_shares,
             together=self.options.share == "layer",
         )
-        return super().choose(queries, summaries, basis, known, count) if fused is None else fused
+        return super().choose_all(asked) if fused is None else [*fused]
+
+    def _by_axes(self, asked: Question) -> AxesChoice:
+        queries, known = asked.queries, self.counted(asked.known)
+        xp = array_namespace(queries)
+        scaled = xp.astype(queries, xp.float32) * self.geometry.score_scale
+        return AxesChoice(scaled, asked.basis[:4], asked.summaries[0], known, asked.count)
 
 
 def _to_numpy(array: Array) -> NDArray[np.float64]:

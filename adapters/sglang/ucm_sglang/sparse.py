@@ -113,11 +113,9 @@ class SglangSparse:
             shape = (-1, geometry.kv_heads, geometry.group, geometry.head_size)
             queries = query.float().reshape(shape).numpy()
             known = self._known(queries, pages)
-            for index, row in enumerate(self._rows):
-                mass = None if known is None else known[index]
-                choice = self._manager.choose(
-                    row.id, layer, queries[index], tokens=row.tokens, known=mass
-                )
+            asked = [(row.id, row.tokens) for row in self._rows]
+            choices = self._manager.choose_all(layer, asked, queries, known)
+            for row, choice in zip(self._rows, choices, strict=True):
                 if choice is not None:
                     cut, middle = choice.cut, choice.middle[0]
                     kept = (row.pages[: cut.first], row.pages[middle], row.pages[cut.last :])

@@ -100,11 +100,19 @@ class HookedAttentionImpl(CPUAttentionBackendImpl):
 class SparseAttentionImpl(HookedAttentionImpl):
     """Attention with the block tables that the connector's worker side makes."""
 
+    _pages: LayerPages | None = None
+
+    def _pages_of(self, kv_cache: torch.Tensor) -> LayerPages:
+        """Return the layer's pages, which vLLM hands over in the same tensor in every step."""
+        if self._pages is None or self._pages.cache is not kv_cache:
+            self._pages = LayerPages(kv_cache)
+        return self._pages
+
     def attend(self, call: _Call, metadata: CPUAttentionMetadata) -> torch.Tensor:
         """See ``HookedAttentionImpl``."""
         if (sparse := _of_connector("sparse")) is not None:
             name = call.layer.layer_name
-            pages = LayerPages(call.kv_cache)
+            pages = self._pages_of(call.kv_cache)
             rows = functools.partial(_rows, name, call.kv_cache, metadata, sparse.block_tokens)
             if (found := sparse.choose(name, call.query, pages, metadata, rows)) is not None:
                 builder: Any = metadata.ucm_builder

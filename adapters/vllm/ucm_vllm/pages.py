@@ -22,7 +22,7 @@ class LayerPages:
 
     def __init__(self, kv_cache: torch.Tensor) -> None:
         """Look at ``kv_cache``."""
-        self._cache = kv_cache
+        self.cache = kv_cache
         count, self.heads, self._tokens, both = kv_cache.shape
         self._size = both // 2
         halves = kv_cache.view(count, self.heads, 2, self._size * self._tokens)
@@ -33,9 +33,9 @@ class LayerPages:
 
     def addresses(self, table: NDArray[np.int32], tokens: int) -> Pages:
         """Return where a request's pages lie."""
-        page, head = (self._cache.stride(axis) * self._cache.element_size() for axis in (0, 1))
+        page, head = (self.cache.stride(axis) * self.cache.element_size() for axis in (0, 1))
         numbers = table[: -(-tokens // self._tokens)]
-        return Pages(self._cache.data_ptr(), page, head, numbers, self._tokens, self._size)
+        return Pages(self.cache.data_ptr(), page, head, numbers, self._tokens, self._size)
 
     def pages_of(self, blocks: NDArray[np.int32]) -> tuple[NDArray[Any], NDArray[np.int32]]:
         """Return all pages' keys ``[pages, H, B, d]``, bfloat16 as its bits, and ``blocks``."""

@@ -24,6 +24,7 @@ typedef struct {
     uint32_t queries, heads, group, blocks;
     uint32_t first; /* of the blocks that this call scores, `count` from here on */
     uint32_t count;
+    uint32_t summary_heads; /* KV heads of the summaries, of which these are the first; 0: `heads` */
 } ucm_score_shape;
 
 enum { UCM_SCORE_TOGETHER = 16 };
@@ -118,13 +119,23 @@ int ucm_vote(const ucm_score_shape *shape, int rule, int together, const float *
  * UCM_INVALID where there are not so many. */
 int ucm_select(const float *values, uint32_t count, uint32_t wanted, int64_t *places);
 
-/* What ucm_axes_tables, ucm_score_tables, ucm_vote and ucm_select find one after another, for one
- * query: `chosen` [H][wanted], or [wanted] where `together`.  `scratch` has room for 32 floats per
- * plane, one, and one per block for each query head, and one per block for each choice. */
-int ucm_choose_by_axes(const ucm_score_shape *shape, const ucm_axes *axes, uint32_t planes,
-                       uint32_t tokens, const float *queries, const uint8_t *codes, int rule,
-                       int together, const float *known, uint32_t wanted, float *scratch,
-                       int64_t *chosen);
+/* One of the choices of a call of ucm_choose_by_axes, for one query. */
+typedef struct {
+    ucm_axes axes;
+    uint32_t blocks, wanted;
+    const float *queries; /* [H][g][size] */
+    const uint8_t *codes; /* [n][H][planes][tokens] */
+    const float *known;   /* [H][g], or NULL */
+    float *scratch;       /* [H][g] times (32 * planes + 1 + n), and n for each list of `chosen` */
+    int64_t *chosen;      /* [H][wanted], or [wanted] where `together` */
+    uint32_t ready;       /* heads that have scores; 0 before the call */
+} ucm_choice;
+
+/* What ucm_axes_tables, ucm_score_tables, ucm_vote and ucm_select find one after another, for each
+ * of some queries, each with its own blocks.  Shares the heads of all with the calling thread's
+ * team: see ucm/team.h.  UCM_INVALID as these say. */
+int ucm_choose_by_axes(ucm_choice *choices, uint32_t count, uint32_t heads, uint32_t group,
+                       uint32_t planes, uint32_t tokens, int rule, int together);
 
 /* The instruction set in use: "avx512", "avx2", "neon" or "portable". */
 const char *ucm_score_name(void);
