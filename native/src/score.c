@@ -240,6 +240,12 @@ static void score_head(const choosing *all, const ucm_choice *one, uint32_t head
     axes.rows += axis * axes.size;
     axes.levels += axis * 16;
     axes.groups += axis;
+    if (one->keys) {
+        ucm_keys keys = *one->keys;
+        keys.base = (const uint8_t *)keys.base + head * keys.head_stride;
+        variant()->mass(&keys, one->kept, one->kept_count, one->in_last, 1, all->group,
+                        one->queries + row * axes.size, one->known + row);
+    }
     float *tables = one->scratch + row * all->planes * 32, *offsets = offsets_of(all, one) + row;
     variant()->axes_tables(&shape, &axes, all->planes, one->queries + row * axes.size, tables,
                            offsets);
@@ -272,9 +278,15 @@ int ucm_choose_by_axes(ucm_choice *choices, uint32_t count, uint32_t heads, uint
 {
     if (!valid_tokens(tokens) || !valid_rule(rule))
         return UCM_INVALID;
-    for (uint32_t i = 0; i < count; i++)
-        if (choices[i].wanted > choices[i].blocks || !valid_axes(&choices[i].axes, heads, planes))
+    for (uint32_t i = 0; i < count; i++) {
+        ucm_choice *one = &choices[i];
+        if (one->wanted > one->blocks || !valid_axes(&one->axes, heads, planes))
             return UCM_INVALID;
+        if (one->keys && (!one->known || !valid_keys(one->keys) ||
+                          one->keys->size != one->axes.size || one->in_last > one->keys->tokens))
+            return UCM_INVALID;
+        one->ready = 0;
+    }
     choosing all = {choices, count, heads, group, planes, tokens, rule, together, 0};
     return ucm_team_run(share_choices, &all);
 }

@@ -57,7 +57,7 @@ typedef struct {
     uint8_t *map;  /* the whole file, or NULL */
     int writing;   /* this handle has the lock */
     int writable;  /* the mapping may be written */
-    int overwrites; /* its blocks are allocated and probably cached: mapped stores are fastest */
+    int overwrites; /* its blocks are allocated */
     int distant;    /* others may write it from other hosts: the cache is not asked */
     uint64_t bytes;
     uint32_t shard, slot_count;

@@ -4,12 +4,22 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 enum { PREFETCHED = 16, LOOKUP_STEP = 4096 };
+
+static int is_in_memory(int directory)
+{
+    struct statfs medium;
+    return !fstatfs(directory, &medium) &&
+           (medium.f_type == TMPFS_MAGIC || medium.f_type == HUGETLBFS_MAGIC ||
+            medium.f_type == RAMFS_MAGIC);
+}
 
 uint32_t ucm_segments_piece_at(const ucm_segments *store, uint64_t offset)
 {
@@ -133,6 +143,8 @@ int ucm_segments_open(const ucm_segments_options *options, ucm_pool *pool, ucm_s
         status = ucm_status_from_errno(errno);
     else if (!store->root || !store->path)
         status = UCM_MEMORY;
+    if (!status)
+        store->in_memory = is_in_memory(store->directory);
     if (!status)
         status = copy_pieces(store, options);
     if (!status)

@@ -2,15 +2,11 @@
 #define _GNU_SOURCE
 #include "segments_internal.h"
 
-#include "ucm/crc32c.h"
-
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
-
-enum { PARTS = 64, WRITE_BYTES = 256 * 1024 }; /* pieces and bytes in one write: still cached */
 
 static void reset(open_block *block)
 {
@@ -126,148 +122,11 @@ static int take_place(ucm_segments *store, open_block *block)
         if (!status) {
             block->slot = slot;
             block->segment = into;
+            ucm_segments_choose_way(store, block);
         }
     }
     pthread_mutex_unlock(&block->opening);
     return status;
-}
-
-static uint64_t place(const open_block *block)
-{
-    return ucm_segment_slot_at(&block->segment->file, block->slot);
-}
-
-static int write_parts(ucm_worker *worker, int file, uint64_t offset, struct iovec *parts,
-                       int part_count)
-{
-    uint64_t bytes = 0;
-    for (int i = 0; i < part_count; i++)
-        bytes += parts[i].iov_len;
-    ucm_io_request request = {.file = file,
-                              .operation = UCM_IO_WRITE,
-                              .offset = offset,
-                              .parts = parts,
-                              .part_count = part_count};
-    int status = ucm_io_run(worker->io, &request, 1);
-    if (status)
-        return status;
-    if (request.error)
-        return ucm_status_from_errno(request.error);
-    return request.transferred == bytes ? UCM_OK : UCM_NO_SPACE;
-}
-
-/* Whether this job is the one that writes the piece. */
-static int claim(ucm_segments *store, open_block *block, uint32_t piece)
-{
-    pthread_mutex_lock(&store->mutex);
-    int mine = !block->claimed[piece];
-    block->claimed[piece] = 1;
-    pthread_mutex_unlock(&store->mutex);
-    return mine;
-}
-
-/* The same for all of them at once; none where another job has any. */
-static int claim_all(ucm_segments *store, open_block *block)
-{
-    pthread_mutex_lock(&store->mutex);
-    int mine = !memchr(block->claimed, 1, store->piece_count);
-    if (mine)
-        memset(block->claimed, 1, store->piece_count);
-    pthread_mutex_unlock(&store->mutex);
-    return mine;
-}
-
-/* Stores pieces into mapped blocks that are allocated already, with their checksums. */
-static int store_rows(ucm_segments *store, open_block *block, const ucm_row *row,
-                      const ucm_row *end, uint32_t *written)
-{
-    uint8_t *payload =
-        block->segment->file.map + place(block) + store->shape.record_header_bytes;
-    for (; row != end; row++) {
-        uint32_t piece = ucm_segments_piece_at(store, row->offset), crc = 0;
-        if (!claim(store, block, piece))
-            continue;
-        if (ucm_mapped_copy(payload + row->offset, (const void *)(uintptr_t)row->address,
-                            row->length, &crc))
-            return UCM_IO; /* somebody has truncated the file */
-        block->record->pieces[piece].crc = crc;
-        (*written)++;
-    }
-    return UCM_OK;
-}
-
-/* Writes the rows' pieces; adjacent ones go in one call. */
-static int write_rows(ucm_worker *worker, ucm_segments *store, open_block *block,
-                      const ucm_row *row, const ucm_row *end, uint32_t *written)
-{
-    uint64_t payload = place(block) + store->shape.record_header_bytes;
-    while (row != end) {
-        struct iovec parts[PARTS];
-        int count = 0;
-        uint64_t start = 0, next = 0;
-        for (; row != end && count < PARTS; row++) {
-            uint32_t piece = ucm_segments_piece_at(store, row->offset);
-            if (count && (row->offset != next || next - start >= WRITE_BYTES))
-                break;
-            if (!claim(store, block, piece))
-                continue;
-            const void *source = (const void *)(uintptr_t)row->address;
-            block->record->pieces[piece].crc = ucm_crc32c(0, source, row->length);
-            if (!count)
-                start = row->offset;
-            next = row->offset + row->length;
-            parts[count++] = (struct iovec){.iov_base = (void *)(uintptr_t)row->address,
-                                            .iov_len = row->length};
-        }
-        if (!count)
-            continue;
-        int status = write_parts(worker, block->segment->file.file, payload + start, parts, count);
-        if (status)
-            return status;
-        *written += (uint32_t)count;
-    }
-    return UCM_OK;
-}
-
-/* Puts a whole record together in scratch memory and writes it past the page cache. */
-static int write_direct(ucm_worker *worker, ucm_segments *store, open_block *block,
-                        const ucm_row *row, const ucm_row *end, uint32_t *written)
-{
-    uint32_t header_bytes = store->shape.record_header_bytes;
-    uint8_t *record = worker->scratch + header_bytes;
-    for (; row != end; row++) {
-        uint32_t piece = ucm_segments_piece_at(store, row->offset);
-        block->record->pieces[piece].crc =
-            ucm_crc32c_copy(0, record + header_bytes + row->offset,
-                            (const void *)(uintptr_t)row->address, row->length);
-    }
-    *written = store->piece_count;
-    ucm_record_seal(block->record);
-    memcpy(record, block->record, header_bytes);
-    block->header_written = 1;
-    struct iovec part = {.iov_base = record, .iov_len = store->shape.slot_bytes};
-    return write_parts(worker, block->segment->file.direct, place(block), &part, 1);
-}
-
-/* Whether the rows are all pieces, each once and in order. */
-static int is_whole(const ucm_segments *store, const ucm_row *row, const ucm_row *end)
-{
-    uint32_t piece = 0;
-    for (; row != end && piece < store->piece_count; row++, piece++)
-        if (row->offset != store->piece_offset[piece])
-            return 0;
-    return row == end && piece == store->piece_count;
-}
-
-static int write_pieces(ucm_worker *worker, ucm_segments *store, open_block *block,
-                        const ucm_row *row, const ucm_row *end, uint32_t *written)
-{
-    const ucm_segment_file *file = &block->segment->file;
-    if (file->writable && file->overwrites)
-        return store_rows(store, block, row, end, written);
-    if (file->direct >= 0 && is_whole(store, row, end) && claim_all(store, block))
-        return write_direct(worker, store, block, row, end, written);
-    return write_rows(worker, store, block, row, end, written);
 }
 
 /* Whether the block is there already; on the medium where that is promised. */
@@ -296,21 +155,11 @@ static int is_there(ucm_segments *store, const uint8_t *id, int *status)
 static int publish(ucm_worker *worker, ucm_segments *store, open_block *block)
 {
     segment *into = block->segment;
-    uint32_t header_bytes = store->shape.record_header_bytes;
     int status = UCM_OK;
     if (is_there(store, block->block, &status))
         return status; /* another writer was faster: this copy is dropped */
-    status = UCM_OK;
     ucm_record_seal(block->record);
-    if (into->file.writable && into->file.overwrites) {
-        if (ucm_mapped_copy(into->file.map + place(block), block->record, header_bytes, NULL))
-            status = UCM_IO;
-    } else if (!block->header_written) {
-        struct iovec header = {.iov_base = block->record, .iov_len = header_bytes};
-        status = write_parts(worker, into->file.file, place(block), &header, 1);
-        if (!status && into->file.distant && fdatasync(into->file.file))
-            status = ucm_status_from_errno(errno);
-    }
+    status = ucm_segments_write_header(worker, store, block);
     ucm_segment_entry entry = {.used = 1,
                                .record_crc = block->record->header_crc,
                                .written_s = (uint64_t)time(NULL)};
@@ -389,7 +238,7 @@ static int dump_once(ucm_worker *worker, ucm_batch *batch, uint32_t number, cons
     const ucm_row *last = batch->rows + batch->first_row[number + 1];
     status = take_place(store, block);
     if (!status)
-        status = write_pieces(worker, store, block, first, last, &written);
+        status = ucm_segments_write_pieces(worker, store, block, first, last, &written);
     if (!status)
         complete = accept(store, batch, block, written);
     if (!status && !complete && atomic_load(&batch->cancelled))

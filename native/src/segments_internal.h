@@ -5,6 +5,7 @@
 #include "ucm/segments.h"
 
 #include "index.h"
+#include "overwriting.h"
 #include "pool_internal.h"
 #include "record.h"
 #include "segment_file.h"
@@ -18,6 +19,7 @@ enum {
     SLOT_INDEXED = 1, /* the index has it */
     SLOT_LOADED = 2,  /* loaded through this handle since it was last considered for eviction */
     SLOT_TAKEN = 4,   /* of a segment that this handle writes: not free for another record */
+    SLOT_STORED = 8,  /* its last record came through the mapping */
 };
 
 /* A segment that this handle knows. */
@@ -58,6 +60,7 @@ typedef struct {
     uint32_t written;  /* pieces accepted */
     segment *segment;  /* where it is written, NULL before the first piece */
     uint32_t slot;
+    ucm_way way;      /* how it is written there */
     pthread_mutex_t opening;
     ucm_record *record;
     uint8_t *claimed; /* per piece: some job writes or has written it */
@@ -77,6 +80,8 @@ struct ucm_segments {
     uint32_t active_segments;
     uint64_t segment_bytes, capacity_bytes, namespace_bytes, unused_s, abandoned_ns, opened_ns;
     _Atomic uint64_t names;
+    int in_memory; /* the directory is on a file system in memory */
+    ucm_overwriting overwriting;
 
     pthread_mutex_t refreshing; /* one scan at a time; taken before `mutex` */
     uint64_t scanned_ns;        /* wall clock of the last scan of the directory */
@@ -192,6 +197,16 @@ int ucm_segments_pinned(int directory, const uint8_t *id, uint32_t shard);
 
 ucm_block_function ucm_segments_load_block;
 ucm_block_function ucm_segments_dump_block;
+
+/* Says how a block is written to the place that it has got. */
+void ucm_segments_choose_way(ucm_segments *store, open_block *block);
+
+/* Writes the pieces of rows that nobody else writes, with their checksums; adds how many. */
+int ucm_segments_write_pieces(ucm_worker *worker, ucm_segments *store, open_block *block,
+                              const ucm_row *row, const ucm_row *end, uint32_t *written);
+
+/* Writes the header of a record that has all its pieces, where it is not there yet. */
+int ucm_segments_write_header(ucm_worker *worker, ucm_segments *store, open_block *block);
 
 /* Gives up a block that nobody continues, if there is one; returns whether there was.  The caller
  * holds the mutex, which is let go meanwhile. */

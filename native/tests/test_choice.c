@@ -245,12 +245,19 @@ static void test_choices(int joined)
     static const uint32_t blocks[CHOICES] = {N, 0, 1, N - 5}, wanted[CHOICES] = {9, 0, 1, N - 5};
     static uint16_t rows[H * AXES * SIZE], levels[H * AXES * 16];
     static uint8_t groups[H * AXES], codes[N][H][PLANES][B];
-    static float asked[CHOICES][H][GROUP][SIZE], known[H][GROUP];
+    static float asked[CHOICES][H][GROUP][SIZE], known[CHOICES][H][GROUP];
     static float scratch[CHOICES][TABLES + ROWS * (1 + N) + H * N];
     static float tables[TABLES], offsets[ROWS], scores[ROWS * N], votes[H * N];
     int64_t found[CHOICES][H * N], expected[H * N];
+    static float keys[N][H][B * SIZE], mass[H][GROUP];
+    const ucm_keys where = keys_at(keys[0][0], 1, B);
+    static const int32_t kept[3] = {7, 0, 30};
+    const uint32_t kept_end = 3, in_last = 4;
+    fill(keys, sizeof keys);
     fill(asked, sizeof asked);
     fill(known, sizeof known);
+    CHECK_OK(ucm_score_mass(&where, 1, kept, &kept_end, &in_last, H, GROUP, asked[3][0][0],
+                            mass[0]));
     for (size_t i = 0; i < sizeof codes; i++)
         ((uint8_t *)codes)[i] = (uint8_t)rand();
     for (int i = 0; i < H * AXES * SIZE; i++)
@@ -265,12 +272,23 @@ static void test_choices(int joined)
         const uint32_t lists = together ? 1 : H;
         const int before = regions;
         for (int i = 0; i < CHOICES; i++)
-            choices[i] = (ucm_choice){axes,           blocks[i],  wanted[i],
-                                      asked[i][0][0], codes[0][0][0],
-                                      i % 2 ? known[0] : NULL, scratch[i], found[i], 0};
+            choices[i] = (ucm_choice){.axes = axes,
+                                      .blocks = blocks[i],
+                                      .wanted = wanted[i],
+                                      .queries = asked[i][0][0],
+                                      .codes = codes[0][0][0],
+                                      .known = i % 2 ? known[i][0] : NULL,
+                                      .scratch = scratch[i],
+                                      .chosen = found[i],
+                                      .ready = 99};
+        choices[3].keys = &where;
+        choices[3].kept = kept;
+        choices[3].kept_count = 3;
+        choices[3].in_last = 4;
         CHECK_OK(ucm_choose_by_axes(choices, CHOICES, H, GROUP, PLANES, B, UCM_VOTE_SHARE,
                                     together));
         CHECK(regions - before == joined);
+        CHECK(!memcmp(known[3], mass, sizeof mass));
         for (int i = 0; i < CHOICES; i++) {
             const ucm_score_shape one = {1, H, GROUP, blocks[i], 0, blocks[i], 0};
             const ucm_choice *of = &choices[i];
@@ -282,8 +300,15 @@ static void test_choices(int joined)
                                     expected + list * wanted[i]));
             CHECK(!memcmp(found[i], expected, lists * wanted[i] * sizeof *expected));
         }
-        choices[2].wanted = 2; /* of one block */
+        choices[3].in_last = B + 1;
         CHECK(ucm_choose_by_axes(choices, CHOICES, H, GROUP, PLANES, B, UCM_VOTE_SHARE,
+                                 together) == UCM_INVALID);
+        choices[3].in_last = 4;
+        choices[3].known = NULL;
+        CHECK(ucm_choose_by_axes(choices, CHOICES, H, GROUP, PLANES, B, UCM_VOTE_SHARE,
+                                 together) == UCM_INVALID);
+        choices[2].wanted = 2; /* of one block */
+        CHECK(ucm_choose_by_axes(choices, 3, H, GROUP, PLANES, B, UCM_VOTE_SHARE,
                                  together) == UCM_INVALID);
         CHECK(ucm_choose_by_axes(choices, 2, H, GROUP, 1, B, UCM_VOTE_SHARE, together) ==
               UCM_INVALID);

@@ -175,6 +175,33 @@ def test_what_is_loaded_again_and_again_stays(tmp_path: Path) -> None:
         assert not store.lookup(cold).any()
 
 
+def test_places_are_overwritten_whatever_has_been_written_back(tmp_path: Path) -> None:
+    generator = random.Random(4)
+    with (
+        open_at(tmp_path, capacity_bytes=4 << 20) as store,
+        open_at(tmp_path, capacity_bytes=4 << 20) as reader,
+    ):
+        for seed in range(120):
+            # First as the kernel likes, then nothing, then everything is written back in between.
+            if seed // 40 == 2 or (seed // 40 == 0 and generator.random() < 0.5):
+                for path in segments_of(store):
+                    file = os.open(path, os.O_RDWR)
+                    os.fsync(file)
+                    os.close(file)
+            ids, payloads = ids_of(6, seed), payloads_of(6, seed)
+            if seed % 3:
+                dump(store, ids, payloads)
+            else:
+                count = len(LAYOUT.piece_bytes)
+                for piece in generator.sample(range(count), count):
+                    part = batch_of(ids, payloads, pieces=slice(piece, piece + 1))
+                    store.dump(part, owners=payloads).wait(30)
+            for one in (store, reader):
+                assert (load(one, ids) == payloads).all()
+        first = [id for seed in range(100) for id in ids_of(6, seed)]
+        assert not store.lookup(first).any()
+
+
 def test_a_lease_of_one_process_binds_the_others(tmp_path: Path) -> None:
     script = """
 import sys

@@ -125,14 +125,17 @@ typedef struct {
     uint32_t blocks, wanted;
     const float *queries; /* [H][g][size] */
     const uint8_t *codes; /* [n][H][planes][tokens] */
-    const float *known;   /* [H][g], or NULL */
-    float *scratch;       /* [H][g] times (32 * planes + 1 + n), and n for each list of `chosen` */
-    int64_t *chosen;      /* [H][wanted], or [wanted] where `together` */
-    uint32_t ready;       /* heads that have scores; 0 before the call */
+    float *known;         /* [H][g], or NULL */
+    const ucm_keys *keys; /* or NULL; else `known` becomes what ucm_score_mass finds in `kept` */
+    const int32_t *kept;
+    uint32_t kept_count, in_last; /* blocks, and keys of the last of them */
+    float *scratch;  /* [H][g] times (32 * planes + 1 + n), and n for each list of `chosen` */
+    int64_t *chosen; /* [H][wanted], or [wanted] where `together` */
+    uint32_t ready;  /* heads that have scores: the library's own */
 } ucm_choice;
 
-/* What ucm_axes_tables, ucm_score_tables, ucm_vote and ucm_select find one after another, for each
- * of some queries, each with its own blocks.  Shares the heads of all with the calling thread's
+/* What ucm_score_mass, ucm_axes_tables, ucm_score_tables, ucm_vote and ucm_select find one after
+ * another, for each of some queries, each with its own blocks.  Shares the heads of all with the calling thread's
  * team: see ucm/team.h.  UCM_INVALID as these say. */
 int ucm_choose_by_axes(ucm_choice *choices, uint32_t count, uint32_t heads, uint32_t group,
                        uint32_t planes, uint32_t tokens, int rule, int together);

@@ -1,0 +1,70 @@
+/* SPDX-License-Identifier: MIT */
+#define _GNU_SOURCE
+#include "overwriting.h"
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#ifndef SYS_cachestat
+#define SYS_cachestat 451 /* on every architecture */
+#endif
+
+enum {
+    ALL = 1 << 16,
+    KEPT_SHARE = 64, /* of what was known before, an observation counts so little */
+    COST_SHARE = 8,
+    LEAST_BYTES = 1 << 16, /* less is not measured */
+    PAGE = 4096,
+};
+
+static void move(_Atomic uint32_t *average, uint32_t value, uint32_t share)
+{
+    /* A thread that comes between loses an observation, which there are enough of. */
+    int64_t before = atomic_load_explicit(average, memory_order_relaxed);
+    int64_t step = ((int64_t)value - before) / share;
+    atomic_store_explicit(average, (uint32_t)(before + step), memory_order_relaxed);
+}
+
+ucm_way ucm_overwriting_way(ucm_overwriting *learned, int stored, int dirty)
+{
+    move(&learned->kept, dirty ? ALL : 0, KEPT_SHARE);
+    if (!dirty)
+        return UCM_WRITTEN;
+    if (stored)
+        return UCM_STORED;
+    const double kept = (double)atomic_load(&learned->kept) / ALL;
+    const double written = atomic_load(&learned->costs[UCM_WRITTEN]);
+    const double anew = atomic_load(&learned->costs[UCM_STORED_ANEW]);
+    double again = atomic_load(&learned->costs[UCM_STORED]);
+    if (again == 0)
+        again = written / 2; /* as good a guess as any */
+    /* Making pages writable is paid once, and saves something each time until they are written
+     * back: kept / (1 - kept) times, on average. */
+    return (anew - written) * (1 - kept) < (written - again) * kept ? UCM_STORED_ANEW : UCM_WRITTEN;
+}
+
+void ucm_overwriting_learn(ucm_overwriting *learned, ucm_way way, uint64_t bytes, uint64_t ns)
+{
+    if (bytes < LEAST_BYTES)
+        return;
+    const uint64_t cost = ns * LEAST_BYTES / bytes, most = UINT32_MAX;
+    _Atomic uint32_t *known = &learned->costs[way];
+    if (!atomic_load_explicit(known, memory_order_relaxed))
+        atomic_store_explicit(known, (uint32_t)(cost < most ? cost + 1 : most),
+                              memory_order_relaxed);
+    else
+        move(known, (uint32_t)(cost < most ? cost : most), COST_SHARE);
+}
+
+int ucm_is_dirty(int file, uint64_t offset, uint64_t bytes)
+{
+    struct {
+        uint64_t offset, bytes;
+    } range = {offset, bytes};
+    struct {
+        uint64_t cached, dirty, written_back, evicted, evicted_lately;
+    } found;
+    if (syscall(SYS_cachestat, file, &range, &found, 0))
+        return 0;
+    return found.dirty == (offset % PAGE + bytes + PAGE - 1) / PAGE && !found.written_back;
+}
