@@ -244,11 +244,11 @@ def test_a_method_that_fails_for_one_row_leaves_no_slot_that_looks_loaded(
     begin_beside(worker, "broken")
     choose, asked = worker.manager.method.choose, []
 
-    def failing(question: Any) -> Any:
+    def failing(*question: Any) -> Any:
         asked.append(question)
         if len(asked) == 2:
             raise ArithmeticError
-        return choose(question)
+        return choose(*question)
 
     rows = [DecodeRow(id, BLOCKS * B, TABLE[:BLOCKS]) for id in ("r", "broken")]
     with monkeypatch.context() as broken:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ucm_sdk._native import scoring
+from ucm_sdk._native.choosing import AxesChooser, KeptKeys, KeyMemory
 from ucm_sdk.sparse import kernels
 from ucm_sdk.sparse.base import logsumexp
 
@@ -99,7 +100,7 @@ def test_threads_find_what_one_finds(
     query, *summaries = CASES[name](np.float16)
     many = [None if array is None else np.repeat(array, 20, axis=0) for array in summaries]
     alone = getattr(scoring, name)(query, *many)
-    monkeypatch.setattr(scoring, "_PART_BYTES", 1)
+    monkeypatch.setattr(scoring, "PART_BYTES", 1)
     monkeypatch.setattr(scoring, "processors", lambda: 5)
     assert np.array_equal(getattr(scoring, name)(query, *many), alone)
 
@@ -165,24 +166,52 @@ def test_one_call_chooses_what_four_calls_choose(
     query, codes = floats(1, H, G, D), octets(60, H, 3, B, seed=1)
     tables, offsets = kernels.axes_tables(query, *basis, planes=3)
     scores = scoring.table_scores(tables, codes, offsets=offsets)
-    shares, known = rule != "score", None
+    known = None
     if rule == "probability":  # some heads look elsewhere, some do not
         known = logsumexp(scores)[0] + 6 * floats(H, G)
-    votes = scoring.votes(
-        scores, None if known is None else known[None], shares=shares, together=together
-    )
-    choices = [
-        scoring.AxesChoice(query, basis, codes, known, 17),
-        scoring.AxesChoice(query[:, ::-1], basis, codes[:40], known, 5),
-        scoring.AxesChoice(query, basis, codes, known, 17),
-    ]
-    found = kernels.choose_by_axes(choices, shares=shares, together=together)
-    assert found is not None
-    for one in (found[0], found[2]):
-        assert np.array_equal(one, scoring.best(votes[0], 17))
-        assert one.shape == (1 if together else H, 17)
-    [alone] = scoring.choose_by_axes(choices[1:2], shares=shares, together=together)
+    how: Any = {"shares": rule != "score", "together": together}
+    votes = scoring.votes(scores, None if known is None else known[None], **how)
+    expected = scoring.best(votes[0], 17)
+    assert expected.shape == (1 if together else H, 17)
+
+    def chooser(*sizes: tuple[int, int]) -> AxesChooser:
+        some = [codes[:blocks] for blocks, _ in sizes]
+        counts = [count for _, count in sizes]
+        return AxesChooser([basis] * len(sizes), some, counts, group=G, scale=0.25, **how)
+
+    # Others beside it, and calls before it, change nothing.
+    three, other = chooser((60, 17), (40, 5), (60, 17)), query[:, ::-1]
+    masses = None if known is None else np.stack([known, known[::-1], known])
+    [alone] = chooser((40, 5))([4 * other], None if masses is None else masses[1:2])
+    for queries in ([other] * 3, [4 * query, 4 * other, 4 * query]):
+        found = three(queries, masses)
+    assert np.array_equal(found[0], expected)
     assert np.array_equal(found[1], alone)
+    assert np.array_equal(found[2], expected)
+
+
+def test_what_is_known_may_be_given_as_keys(instruction_set: str) -> None:
+    basis = tuple(axes()[name] for name in ("mean", "rows", "levels", "groups"))
+    queries, codes = [floats(1, H, G, D, seed=seed) for seed in (1, 2)], octets(60, H, 3, B)
+    kept = KeptKeys(
+        KeyMemory(3 * floats(12, H, D, B, seed=3).swapaxes(2, 3)),
+        np.array([4, 0, 11, 4, 7], np.int32),
+        np.array([2, 5], np.uint32),
+        np.array([5, B], np.uint32),
+    )
+    mass = kept.mass(np.concatenate(queries) * np.float32(0.5))
+    choose = AxesChooser(
+        [basis] * 2, [codes] * 2, [9, 8], group=G, scale=0.5, shares=True, together=True
+    )
+    unknown = [one.copy() for one in choose(queries, None)]
+    by_keys = [one.copy() for one in choose(queries, kept)]
+    assert any((a != b).any() for a, b in zip(unknown, by_keys, strict=True))
+    for known, expected in ((mass, by_keys), (None, unknown), (kept, by_keys)):
+        found = choose(queries, known)
+        assert all((a == b).all() for a, b in zip(found, expected, strict=True))
+    [second] = kept.of([1]).mass(queries[1] * np.float32(0.5))
+    assert np.array_equal(second, mass[1])
+    assert np.array_equal(kept.of([1, 0]).mass(np.concatenate(queries[::-1]) / 2), mass[::-1])
 
 
 def test_votes_are_shares_of_all_that_is_known(instruction_set: str) -> None:
@@ -209,7 +238,7 @@ def test_known_mass_is_that_of_the_pages_where_they_lie(dtype: type, instruction
     query = floats(3, H, G, D)
     pages = np.array([4, 0, 11, 4, 7], np.int32)
     ends, last = np.array([2, 2, 5], np.uint32), np.array([5, B, B], np.uint32)
-    found = kernels.known_mass(query, stored.swapaxes(2, 3), pages, ends, last)
+    found = KeptKeys(KeyMemory(stored.swapaxes(2, 3)), pages, ends, last).mass(query)
     products = np.einsum("rhgd,phdb->rhgpb", query, memory[pages])
     first = np.concatenate([products[0, :, :, 0], products[0, :, :, 1, :5]], axis=-1)
     assert np.allclose(found[0], np.log(np.exp(first).sum(-1)), atol=1e-4)

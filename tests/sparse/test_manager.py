@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -214,3 +217,92 @@ def test_a_request_that_is_too_short_to_be_sparse_is_not_summarised() -> None:
     manager.request_begin("a", 10 * B)
     assert not manager.pending("a", 0, 20 * B - 1)
     assert manager.pending("a", 0, 20 * B) == range(20)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("transform", {}),
+        ("transform", {"vote": "softmax", "share": "kv_head"}),
+        ("quest", {}),
+        ("kvstar", {"stride": 3}),
+        ("gsa", {"stride": 2, "dense_layers": []}),
+    ],
+)
+def test_requests_choose_together_what_each_chooses_alone(
+    method: str, options: dict[str, Any]
+) -> None:
+    together, alone = manager_of(method, **options), manager_of(method, **options)
+    keys = {"a": keys_of(30, 1), "b": keys_of(30, 2), "short": keys_of(30, 3)}
+    tokens = {"a": 20 * B, "b": 24 * B - 5, "short": 2 * B}
+
+    chosen: set[str] = set()
+
+    def begin(name: str) -> None:
+        for manager in (together, alone):
+            manager.request_begin(name, tokens[name])
+
+    def step(names: Sequence[str], number: int) -> None:
+        queries = np.stack([query_of(10 * number + index) for index, _ in enumerate(names)])
+        known = np.stack([query_of(index)[..., 0] for index, _ in enumerate(names)])
+        for name in names:
+            for manager in (together, alone):
+                manager.rewind(name, 0, tokens[name] - 1)
+                manager.summarise(
+                    name, 0, tokens=tokens[name], keys=lambda some, of=keys[name]: of[list(some)]
+                )
+        rows = [(name, tokens[name]) for name in names]
+        # The engine's memory is another's in the next step.
+        lent = queries.copy()
+        found = together.choose_all(0, rows, lent, known)
+        lent[:] = np.nan
+        for index, (name, choice) in enumerate(zip(names, found, strict=True)):
+            asked = {"tokens": tokens[name], "known": known[index]}
+            expected = alone.choose(name, 0, queries[index], **asked)
+            assert (choice is None) == (expected is None)
+            if choice is not None and expected is not None:
+                assert np.array_equal(choice.middle, expected.middle)
+                chosen.add(name)
+            tokens[name] += 1
+
+    for name in keys:
+        begin(name)
+    for number in range(2 * B):
+        step(("a", "short", "b")[number % 5 == 0 :], number)
+    assert chosen == {"a", "b"}
+    tokens["b"] = 22 * B  # preempted, and computed again
+    for number in range(3):
+        step(("b", "a"), 500 + number)
+    for manager in (together, alone):
+        manager.request_finished("a")
+    keys["a"], tokens["a"] = keys_of(30, 9), 21 * B  # another one of that name
+    begin("a")
+    for number in range(3):
+        step(("b", "a"), 600 + number)
+
+
+@pytest.mark.parametrize("method", ["quest", "transform"])
+def test_settled_is_a_step_that_changes_no_summary(method: str) -> None:
+    manager = manager_of(method, reuse_layers=[1], dense_layers=[2])
+    manager.request_begin("a", 20 * B)
+    keys = keys_of(30)
+
+    def settles(computed: int, tokens: int) -> bool:
+        said = manager.settled("a", computed_tokens=computed, tokens=tokens)
+        before = [layer.count for layer in manager._requests["a"].layers]
+        for layer in range(GEOMETRY.layers):
+            manager.rewind("a", layer, computed)
+            manager.summarise("a", layer, tokens=tokens, keys=lambda some: keys[list(some)])
+        after = [layer.count for layer in manager._requests["a"].layers]
+        assert not said or before == after
+        return said
+
+    assert not settles(0, 20 * B)
+    assert settles(20 * B, 20 * B + 1)
+    assert not settles(21 * B - 1, 21 * B)
+    assert settles(21 * B, 21 * B + 1)
+    assert settles(21 * B + 3, 21 * B + 4)
+    assert not settles(10 * B, 10 * B + 1)  # computed again from here
+    assert not settles(20 * B + 1, 20 * B + 2)
+    assert settles(20 * B + 2, 20 * B + 3)
+    assert not settles(20 * B, 22 * B)

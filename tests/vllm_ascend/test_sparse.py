@@ -121,7 +121,7 @@ def test_keys_are_read_by_block_head_and_token() -> None:
             for token in range(4):
                 assert found[n, head, token].tolist() == cache[block, token, head].tolist()
     pages, places = keys.pages_of(blocks.astype(np.int32))
-    assert (pages[places] == found).all()
+    assert (pages.keys[places] == found).all()
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,12 @@ their type: float32, float16, or uint16, which stands for the bfloat16 that NumP
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from ucm_sdk._native import _check, _ffi, _lib
-from ucm_sdk._native.threads import in_team, processors, threads
+from ucm_sdk._native.threads import processors, threads
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,7 +34,7 @@ _CODED_AXES: Final = 8
 """``ucm_axes_codes`` takes axes by so many."""
 _TOGETHER: Final = 16
 """Blocks that are scored together: see ``UCM_SCORE_TOGETHER``."""
-_PART_BYTES: Final = 2 << 20
+PART_BYTES: Final = 2 << 20
 """Of summaries, that make another thread worth waking."""
 MOST_TOKENS: Final = 1024
 """Units or tokens of a block that ``unit_scores`` and ``table_scores`` take at most."""
@@ -65,14 +63,14 @@ def supports_keys(keys: NDArray[Any]) -> bool:
 def linear_scores(queries: Floats, centres: NDArray[Any]) -> Floats:
     """Return products with ``centres`` ``[n, H, d]``."""
     call = _Call(queries, len(centres))
-    arguments = (queries.shape[-1], _DTYPES[centres.dtype], call.queries, _data(centres))
+    arguments = (queries.shape[-1], _DTYPES[centres.dtype], call.queries, data_of(centres))
     return call.run(_lib.ucm_score_linear, *arguments, nbytes=centres.nbytes)
 
 
 def box_scores(queries: Floats, low: NDArray[Any], high: NDArray[Any]) -> Floats:
     """Return the largest products with points of the boxes."""
     call = _Call(queries, len(low))
-    arguments = (queries.shape[-1], _DTYPES[low.dtype], call.queries, _data(low), _data(high))
+    arguments = (queries.shape[-1], _DTYPES[low.dtype], call.queries, data_of(low), data_of(high))
     return call.run(_lib.ucm_score_box, *arguments, nbytes=2 * low.nbytes)
 
 
@@ -80,7 +78,7 @@ def unit_scores(queries: Floats, units: NDArray[Any]) -> Floats:
     """Return the log-sum-exp over the units ``[n, H, c, u]``."""
     call = _Call(queries, len(units))
     size, count = units.shape[2:]
-    arguments = (count, size, _DTYPES[units.dtype], call.queries, _data(units))
+    arguments = (count, size, _DTYPES[units.dtype], call.queries, data_of(units))
     return call.run(_lib.ucm_score_units, *arguments, nbytes=units.nbytes)
 
 
@@ -88,7 +86,7 @@ def hash_scores(query_codes: NDArray[np.uint8], codes: NDArray[np.uint8]) -> Flo
     """Return minus the least Hamming distances; ``codes`` ``[n, H, w / 8, B, 8]``."""
     call = _Call(query_codes, len(codes), dtype=np.uint8)
     words, tokens = codes.shape[2:4]
-    arguments = (tokens, 8 * words, call.queries, _data(codes))
+    arguments = (tokens, 8 * words, call.queries, data_of(codes))
     return call.run(_lib.ucm_score_hash, *arguments, nbytes=codes.nbytes)
 
 
@@ -103,10 +101,10 @@ def table_scores(
     ``offsets`` ``[Q, H, g]`` are added to a head's scores.
     """
     call = _Call(tables, len(codes))
-    kept = None if scales is None else _data(scales)
+    kept = None if scales is None else data_of(scales)
     factors = _ffi.NULL if kept is None else _ffi.cast("uint16_t *", kept)
-    added = _ffi.NULL if offsets is None else _data(offsets)
-    arguments = (*codes.shape[2:], call.queries, _data(codes), factors, added)
+    added = _ffi.NULL if offsets is None else data_of(offsets)
+    arguments = (*codes.shape[2:], call.queries, data_of(codes), factors, added)
     return call.run(_lib.ucm_score_tables, *arguments, nbytes=codes.nbytes)
 
 
@@ -126,9 +124,9 @@ def axes_tables(
     call = _Call(queries, 0)
     tables = np.empty((*queries.shape[:3], 2 * planes, 16), np.float32)
     offsets = np.empty(queries.shape[:3], np.float32)
-    axes, kept = _axes(queries.shape[-1], mean, rows, levels, groups)
+    axes, kept = axes_at(queries.shape[-1], mean, rows, levels, groups)
     status = _lib.ucm_axes_tables(
-        call.shape, axes, planes, call.queries, _data(tables), _data(offsets)
+        call.shape, axes, planes, call.queries, data_of(tables), data_of(offsets)
     )
     del kept
     _check(status, "making tables")
@@ -151,97 +149,26 @@ def axes_codes(
     an axis' bits among those of all planes, ``[H, u]``.
     """
     blocks, heads, tokens, _ = keys.shape
-    missing = -columns.shape[2] % _CODED_AXES
-    wide = ((0, 0), (0, missing))
-    columns = np.pad(columns, ((0, 0), *wide))
-    thresholds = np.pad(thresholds, (*wide, (0, 0)))
-    steps = np.pad((1 << bits) - 1, wide).astype(np.uint8)
-    places = np.pad(places, wide)
-    parts = [_data(part) for part in (mean, columns, thresholds, steps, places)]
-    coder = _ffi.new("ucm_coder *", (columns.shape[2], *parts))
+    axes = -(-columns.shape[2] // _CODED_AXES) * _CODED_AXES
+    steps = ((1 << bits) - 1).astype(np.uint8)
+    coded = (columns, 2), (thresholds, 1), (steps, 1), (places, 1)
+    parts = [data_of(mean), *(data_of(_widened(array, axis, axes)) for array, axis in coded)]
+    coder = _ffi.new("ucm_coder *", (axes, *parts))
     codes = np.empty((blocks, heads, planes, tokens), np.uint8)
-    where = _keys(keys)
-    _check(_lib.ucm_axes_codes(where, blocks, heads, coder, planes, _data(codes)), "coding of keys")
+    status = _lib.ucm_axes_codes(keys_at(keys), blocks, heads, coder, planes, data_of(codes))
+    _check(status, "coding of keys")
     return codes
 
 
-def known_mass(
-    queries: Floats,
-    memory: NDArray[Any],
-    blocks: NDArray[np.int32],
-    ends: NDArray[np.uint32],
-    last_tokens: NDArray[np.uint32],
-) -> Floats:
-    """Return the log-sum-exp of products of scaled queries and keys: see ``sparse.kernels``."""
-    mass = np.empty(queries.shape[:3], np.float32)
-    _check(
-        _lib.ucm_score_mass(
-            _keys(memory),
-            len(ends),
-            _data(blocks),
-            _data(ends),
-            _data(last_tokens),
-            *queries.shape[1:3],
-            _data(queries),
-            _data(mass),
-        ),
-        "known mass",
-    )
-    return mass
-
-
-@dataclass(frozen=True, slots=True)
-class AxesChoice:
-    """A choice by one query, from blocks whose keys have codes on axes."""
-
-    queries: Floats
-    """Scaled, ``[1, H, g, d]``."""
-    basis: tuple[NDArray[Any], ...]
-    """What ``axes_tables`` takes."""
-    codes: NDArray[np.uint8]
-    """``[n, H, p, B]``."""
-    known: Floats | None
-    """``[H, g]``."""
-    count: int
-
-
-def choose_by_axes(
-    choices: Sequence[AxesChoice], *, shares: bool, together: bool
-) -> list[NDArray[np.int64]]:
-    """Return the best blocks of each, ``[H, count]`` or ``[1, count]``.
-
-    The same as ``axes_tables``, ``table_scores``, ``votes`` and ``best`` after another.  All of one
-    geometry; the heads of all are shared with the team of a thread that has joined one.
-    """
-    _, heads, planes, tokens = choices[0].codes.shape
-    group, lists = choices[0].queries.shape[2], 1 if together else heads
-    rows = _ffi.new("ucm_choice[]", len(choices))
-    found, kept = [], []
-    for row, one in zip(rows, choices, strict=True):
-        blocks = len(one.codes)
-        floats = heads * group * (32 * planes + 1 + blocks) + lists * blocks
-        chosen = np.empty((lists, one.count), np.int64)
-        axes = _axes(one.queries.shape[-1], *one.basis)
-        parts = [
-            _data(part) for part in (one.queries, one.codes, np.empty(floats, np.float32), chosen)
-        ]
-        row.axes, row.blocks, row.wanted = axes[0][0], blocks, one.count
-        row.queries, row.codes, row.scratch, row.chosen = parts
-        if one.known is not None:
-            parts.append(_data(one.known.astype(np.float32, copy=False)))
-            row.known = parts[-1]
-        found.append(chosen)
-        kept.append((axes, parts))
-    rule = _lib.UCM_VOTE_SHARE if shares else _lib.UCM_VOTE_SCORE
-    geometry = (heads, group, planes, tokens)
-    _check(_lib.ucm_choose_by_axes(rows, len(rows), *geometry, rule, together), "choosing")
-    del kept
-    return found
-
-
-def shares_choices(codes: NDArray[np.uint8]) -> bool:
-    """Whether ``choose_by_axes`` is faster than scores that threads of ours share."""
-    return codes.nbytes < 2 * _PART_BYTES or in_team()
+def _widened(array: NDArray[Any], axis: int, extent: int) -> NDArray[Any]:
+    """Return the array with zeros at the end of an axis; ``np.pad`` would take longer than C."""
+    shape = list(array.shape)
+    if shape[axis] == extent:
+        return array
+    shape[axis] = extent
+    wide = np.zeros(shape, array.dtype)
+    wide[tuple(map(slice, array.shape))] = array
+    return wide
 
 
 def votes(scores: Floats, known: Floats | None, *, shares: bool, together: bool) -> Floats:
@@ -251,9 +178,9 @@ def votes(scores: Floats, known: Floats | None, *, shares: bool, together: bool)
     result = np.empty((count, 1 if together else heads, blocks), np.float32)
     also = _ffi.NULL
     if known is not None:
-        also = _data(np.broadcast_to(known, scores.shape[:3]).astype(np.float32, copy=False))
+        also = data_of(np.broadcast_to(known, scores.shape[:3]).astype(np.float32, copy=False))
     rule = _lib.UCM_VOTE_SHARE if shares else _lib.UCM_VOTE_SCORE
-    _check(_lib.ucm_vote(call.shape, rule, together, call.queries, also, _data(result)), "voting")
+    _check(_lib.ucm_vote(call.shape, rule, together, call.queries, also, data_of(result)), "voting")
     return result
 
 
@@ -262,20 +189,20 @@ def best(values: Floats, count: int) -> NDArray[np.int64]:
     rows = values.reshape(-1, values.shape[-1])
     chosen = np.empty((len(rows), count), np.int64)
     for row, places in zip(rows, chosen, strict=True):
-        status = _lib.ucm_select(_data(row), len(row), count, _data(places))
+        status = _lib.ucm_select(data_of(row), len(row), count, data_of(places))
         _check(status, f"choosing {count} of {len(row)}")
     return chosen.reshape(*values.shape[:-1], count)
 
 
-def _axes(size: int, *basis: NDArray[Any]) -> tuple[Any, Any]:
+def axes_at(size: int, *basis: NDArray[Any]) -> tuple[Any, Any]:
     """Return ``ucm_axes`` and what must be kept for as long as it is used."""
-    mean, rows, levels, groups = (_data(part) for part in basis)
+    mean, rows, levels, groups = (data_of(part) for part in basis)
     halves = (_ffi.cast("uint16_t *", rows), _ffi.cast("uint16_t *", levels))
     axes = _ffi.new("ucm_axes *", (size, basis[1].shape[1], mean, *halves, groups))
     return axes, (mean, rows, levels, groups)
 
 
-def _keys(keys: NDArray[Any]) -> Any:
+def keys_at(keys: NDArray[Any]) -> Any:
     """Return ``ucm_keys`` of an array ``[., H, B, d]``, which its caller keeps alive."""
     fields = (*keys.strides, *keys.shape[2:], _DTYPES[keys.dtype])
     return _ffi.new("ucm_keys *", (_ffi.cast("void *", keys.ctypes.data), *fields))
@@ -285,7 +212,7 @@ class _Call:
     """One call: its shape, its queries, and its result."""
 
     def __init__(self, queries: NDArray[Any], blocks: int, dtype: type = np.float32) -> None:
-        self.queries = _data(queries.astype(dtype, copy=False))
+        self.queries = data_of(queries.astype(dtype, copy=False))
         count, heads, group = queries.shape[:3]
         self.shape = _ffi.new("ucm_score_shape *", (count, heads, group, blocks, 0, blocks, 0))
 
@@ -293,8 +220,8 @@ class _Call:
         """Score from ``nbytes`` of summaries, on several threads where that pays."""
         shape, blocks = self.shape, self.shape.blocks
         found = np.empty((shape.queries, shape.heads, shape.group, blocks), np.float32)
-        scores = _data(found)
-        parts = min(processors(), nbytes // _PART_BYTES, blocks // _TOGETHER)
+        scores = data_of(found)
+        parts = min(processors(), nbytes // PART_BYTES, blocks // _TOGETHER)
         if parts <= 1:
             _check(function(shape, *arguments, scores), "scoring")
             return found
@@ -309,6 +236,6 @@ class _Call:
         return found
 
 
-def _data(array: NDArray[Any]) -> Any:
+def data_of(array: NDArray[Any]) -> Any:
     """Return a pointer that keeps a contiguous copy of the array, or the array, alive."""
     return _ffi.from_buffer(_POINTERS.get(array.dtype, "char[]"), np.ascontiguousarray(array))

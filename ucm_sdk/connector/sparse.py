@@ -18,6 +18,7 @@ import numpy as np
 from ucm_sdk import telemetry
 from ucm_sdk.errors import Status, UcmError
 from ucm_sdk.sparse import SlotTable
+from ucm_sdk.sparse.manager import rows_of
 from ucm_sdk.types import Batch
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from ucm_sdk.connector.memory import KVMemory
     from ucm_sdk.connector.offload import SparsePlan
-    from ucm_sdk.sparse import Array, Choice, Cut, SparseKVManager
+    from ucm_sdk.sparse import Array, Choice, Cut, KeptKeys, SparseKVManager
     from ucm_sdk.store import KVStoreBase
 
 logger = logging.getLogger(__name__)
@@ -165,15 +166,23 @@ class SparseWorkerSide:
         self._manager.rewind(id, layer, computed_tokens)
         self._manager.summarise(id, layer, tokens=tokens, keys=keys)
 
+    def settled(self, id: str, *, computed_tokens: int, tokens: int) -> bool:
+        """Whether no layer has anything to ``summarise`` of a request in this step."""
+        return self._manager.settled(id, computed_tokens=computed_tokens, tokens=tokens)
+
     def tables(
-        self, layer: int, rows: Sequence[DecodeRow], queries: Array, known: Array | None = None
+        self,
+        layer: int,
+        rows: Sequence[DecodeRow],
+        queries: Array,
+        known: Array | KeptKeys | None = None,
     ) -> list[NDArray[np.int32] | None]:
         """Return the engine's blocks that each row attends to, in order.
 
         ``queries`` ``[R, H, g, d]`` of the tokens that are decoded; ``known`` ``[R, H, g]`` is the
-        log-sum-exp of their scores over the sink and recent tokens.  The last block of each row is
-        the last of its request; None stands for all of a row's blocks.  Waits for the loads of
-        chosen blocks, all rows' at once; one that fails is left out.
+        log-sum-exp of their scores over the sink and recent tokens, or the keys of these.  The last
+        block of each row is the last of its request; None stands for all of a row's blocks.  Waits
+        for the loads of chosen blocks, all rows' at once; one that fails is left out.
         """
         # The prompt's last token is not decoded, though it may come alone.
         decoding = [
@@ -182,7 +191,7 @@ class SparseWorkerSide:
             if row.tokens > self._manager.prompt_tokens(row.request)
         ]
         if len(decoding) < len(rows):
-            queries, known = queries[decoding], None if known is None else known[decoding]
+            queries, known = queries[decoding], rows_of(known, decoding)
         asked = [(rows[index].request, rows[index].tokens) for index in decoding]
         choices = self._manager.choose_all(layer, asked, queries, known)
         parts: list[_Part | None] = [None] * len(rows)

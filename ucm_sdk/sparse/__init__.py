@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from ucm_sdk import config
+from ucm_sdk._native.choosing import KeptKeys, KeyMemory
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.registry import Registry
 from ucm_sdk.sparse.base import (
     Array,
     Arrays,
     AttentionGeometry,
+    Candidates,
+    Chooser,
     MethodOptions,
-    Question,
     SummaryField,
     UcmSparseBase,
 )
@@ -26,10 +28,13 @@ __all__ = [
     "Array",
     "Arrays",
     "AttentionGeometry",
+    "Candidates",
     "Choice",
+    "Chooser",
     "Cut",
+    "KeptKeys",
+    "KeyMemory",
     "MethodOptions",
-    "Question",
     "SlotTable",
     "SparseBudget",
     "SparseKVManager",

@@ -13,13 +13,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Final, Literal, Protocol, TypeAlias
 
 import numpy as np
 from array_api_compat import array_namespace
 from pydantic import Field
 
 from ucm_sdk._native import scoring
+from ucm_sdk._native.choosing import KeptKeys
 from ucm_sdk.config import Strict
 from ucm_sdk.errors import ConfigError
 
@@ -89,18 +90,26 @@ class MethodOptions(Strict):
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """Which blocks of one request's layer matter to some queries."""
+class Candidates:
+    """The blocks of a request's layer among which is chosen."""
 
-    queries: Array
-    """``[Q, H, g, d]``, not scaled."""
     summaries: Arrays
-    """Of the blocks to choose from, one array per field."""
+    """One array per field."""
     basis: Arrays
-    known: Array | None
-    """``[H, g]``: the log-sum-exp of the scores over the tokens that are kept anyway."""
     count: int
-    """How many blocks."""
+    """How many are chosen."""
+
+
+class Chooser(Protocol):
+    """Chooses for some requests of a layer, step after step."""
+
+    def __call__(self, queries: Sequence[Array], known: Array | KeptKeys | None) -> Sequence[Array]:
+        """Return the best blocks of each request, ``[H, count]`` or ``[1, count]``, ascending.
+
+        ``queries`` ``[Q, H, g, d]`` of each, or one array of all; ``known`` ``[R, H, g]`` is the
+        log-sum-exp of the last one's scores over the tokens that are kept anyway, or their keys.
+        The next call may write to the same memory.
+        """
 
 
 class UcmSparseBase(ABC):
@@ -150,27 +159,36 @@ class UcmSparseBase(ABC):
         estimate of ``log(sum(exp(scale * query · key)))`` over the block's tokens.
         """
 
-    def choose(self, asked: Question) -> Array:
+    def choose(self, queries: Array, known: Array | None, among: Candidates) -> Array:
         """Return the blocks ``[H, count]``, or ``[1, count]``, of most votes, ascending.
 
-        What ``score``, ``vote`` and ``select`` say together.
+        What ``score``, ``vote`` and ``select`` say together; ``known`` ``[H, g]``.
         """
-        scores = self.score(asked.queries, asked.summaries, asked.basis)
-        votes = self.vote(scores, None if asked.known is None else asked.known[None])
-        return self.select(array_namespace(votes).sum(votes, axis=0), asked.count)
+        scores = self.score(queries, among.summaries, among.basis)
+        votes = self.vote(scores, None if known is None else known[None])
+        return self.select(array_namespace(votes).sum(votes, axis=0), among.count)
 
-    def choose_all(self, asked: Sequence[Question]) -> list[Array]:
-        """Return what ``choose`` says of each of several requests, for one layer of a step."""
-        return [self.choose(one) for one in asked]
+    def chooser(self, among: Sequence[Candidates]) -> Chooser:
+        """Return what chooses for some requests for as long as their candidates stay the same."""
+        scale = np.float32(self.geometry.score_scale)
+
+        def each(queries: Sequence[Array], known: Array | KeptKeys | None) -> list[Array]:
+            if isinstance(known, KeptKeys):
+                known = known.mass(np.stack([one[-1] for one in queries]) * scale)
+            masses = [None] * len(among) if known is None else known
+            return [self.choose(*one) for one in zip(queries, masses, among, strict=True)]
+
+        return each
 
     @property
     def counts_shares(self) -> bool:
         """Whether votes are shares of a query head's attention, not scores as they are."""
         return self.options.vote != "score"
 
-    def counted(self, known: Array | None) -> Array | None:
-        """Return what of ``known`` votes count: all or nothing."""
-        return known if self.options.vote == "probability" else None
+    @property
+    def counts_known(self) -> bool:
+        """Whether votes count what is attended to anyway."""
+        return self.options.vote == "probability"
 
     def vote(self, scores: Array, known: Array | None = None) -> Array:
         """Return ``[Q, H, n]``, or ``[Q, 1, n]`` where a layer chooses as one.
@@ -178,7 +196,7 @@ class UcmSparseBase(ABC):
         ``known`` ``[Q, H, g]`` is the exact log-sum-exp over the tokens that are kept anyway.
         """
         shares, together = self.counts_shares, self.options.share == "layer"
-        known = self.counted(known)
+        known = known if self.counts_known else None
         if isinstance(scores, np.ndarray) and scores.dtype == np.float32:
             return scoring.votes(scores, known, shares=shares, together=together)
         xp = array_namespace(scores)

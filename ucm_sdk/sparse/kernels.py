@@ -6,15 +6,12 @@ Shapes as in ``ucm_sdk.sparse.base``; queries are already scaled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
 from array_api_compat import array_namespace, device
-from numpy.typing import NDArray
 
 from ucm_sdk._native import scoring
-from ucm_sdk._native.scoring import AxesChoice
 from ucm_sdk.sparse.base import Array, logsumexp
 
 _BIT_COUNT: Final = np.array([byte.bit_count() for byte in range(256)], np.uint8)
@@ -187,39 +184,6 @@ def axes_codes(
     every = constant(np.arange(planes), keys)
     within = xp.astype((place // 8)[..., None] == every, xp.float32)
     return xp.permute_dims(xp.astype(shifted @ within, xp.uint8), (0, 1, 3, 2))
-
-
-def choose_by_axes(
-    choices: Sequence[AxesChoice], *, shares: bool, together: bool
-) -> list[NDArray[np.int64]] | None:
-    """Return what ``axes_tables``, ``table_scores``, voting and selecting give, in one call.
-
-    None where there is no such call: for other arrays than NumPy's, for several queries, and where
-    scoring alone takes so long that it is better shared by threads of ours.
-    """
-    for one in choices:
-        if not isinstance(one.queries, np.ndarray) or len(one.queries) > 1:
-            return None
-        if one.codes.shape[3] > scoring.MOST_TOKENS or not scoring.shares_choices(one.codes):
-            return None
-    return scoring.choose_by_axes(choices, shares=shares, together=together)
-
-
-def known_mass(
-    queries: NDArray[np.float32],
-    memory: NDArray[Any],
-    blocks: NDArray[np.int32],
-    ends: NDArray[np.uint32],
-    last_tokens: NDArray[np.uint32],
-) -> NDArray[np.float32]:
-    """Return the exact log-sum-exp of products of queries and keys where they lie, ``[R, H, g]``.
-
-    ``queries`` ``[R, H, g, d]`` of ``R`` requests; ``memory``, host memory ``[pages, H, B, d]`` in
-    whatever order, of float32, float16, or uint16 that holds bfloat16; ``blocks`` numbers the pages
-    of the requests one after another, of which request ``r`` has those before ``ends[r]``, and of
-    its last page the first ``last_tokens[r]`` keys.
-    """
-    return scoring.known_mass(queries, memory, blocks, ends, last_tokens)
 
 
 def constant(values: Any, like: Array) -> Array:

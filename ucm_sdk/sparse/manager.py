@@ -7,6 +7,8 @@ out.  Blocks are numbered within their request, from 0.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +18,9 @@ import numpy as np
 from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
+from ucm_sdk._native.choosing import KeptKeys
 from ucm_sdk.errors import ArgumentError
-from ucm_sdk.sparse.base import Array, Arrays, Question, UcmSparseBase
+from ucm_sdk.sparse.base import Array, Arrays, Candidates, Chooser, UcmSparseBase
 from ucm_sdk.sparse.budget import Cut, SparseBudget
 
 _PIECE_TOKENS: Final = 1024
@@ -79,7 +82,10 @@ class _Layer:
     arrays: list[Array] = field(default_factory=list)
     """One per field, with room for more blocks than ``count``."""
     count: int = 0
+    version: int = 0
+    """Another one whenever anything was added; no two layers have the same."""
     queries: deque[Array] = field(default_factory=deque)
+    """Of the last steps, where a method chooses by several."""
     chosen: NDArray[np.int64] | None = None
     cut: Cut | None = None
     """What it was chosen from: a block that has come into the middle since must not be missed."""
@@ -128,6 +134,13 @@ class SparseKVManager:
         self.method = method
         self.budget = budget
         self._requests: dict[str, _Request] = {}
+        # All layers of a step ask for the same.
+        self._cut = functools.lru_cache(256)(
+            lambda tokens: budget.cut(tokens, method.geometry.block_tokens)
+        )
+        self._versions = itertools.count(1)
+        self._choosers: dict[int, tuple[tuple[tuple[int, ...], ...], Chooser]] = {}
+        """By layer: what the requests that asked last choose from, and what chooses for them."""
 
     def __contains__(self, request_id: str) -> bool:
         """Whether the request has begun and not finished."""
@@ -168,6 +181,7 @@ class SparseKVManager:
     def request_finished(self, request_id: str) -> None:
         """Forget a request, known or not."""
         if self._requests.pop(request_id, None) is not None:
+            self._choosers.clear()  # they hold summaries
             self.method.request_finished(request_id)
 
     def pending(self, request_id: str, layer: int, tokens: int) -> range:
@@ -203,6 +217,20 @@ class SparseKVManager:
             blocks = pending[first - pending.start :][:step]
             summaries = self.method.summarise(keys(blocks), state.basis)
             state.append(summaries, len(blocks), pending.stop)
+        state.version = next(self._versions)
+
+    def settled(self, request_id: str, *, computed_tokens: int, tokens: int) -> bool:
+        """Whether no layer has anything to ``rewind`` or to ``summarise`` in a step.
+
+        ``computed_tokens`` were there before it, ``tokens`` are there now.
+        """
+        size = self.method.geometry.block_tokens
+        whole = tokens // size
+        return computed_tokens // size == whole and all(
+            layer.count == whole
+            for number, layer in enumerate(self._requests[request_id].layers)
+            if self.method.source_layer(number) == number
+        )
 
     def choose(
         self,
@@ -222,37 +250,35 @@ class SparseKVManager:
         layer: int,
         rows: Sequence[tuple[str, int]],
         queries: Array,
-        known: Array | None = None,
+        known: Array | KeptKeys | None = None,
     ) -> list[Choice | None]:
         """Return what a decode step of ``layer`` attends to, for each row; None for everything.
 
         ``rows`` are requests, each once, and how many tokens they have; ``queries``
-        ``[R, H, g, d]`` are of the last of these; ``known`` ``[R, H, g]`` is the log-sum-exp of
-        their scores over the sink and recent tokens, where the caller has it.  Layers that choose
-        must be asked before those that reuse their choice.
+        ``[R, H, g, d]`` are of the last of these, and are copied where they are kept; ``known``
+        ``[R, H, g]`` is the log-sum-exp of their scores over the sink and recent tokens, or the
+        keys of these, where the caller has them.  Layers that choose must be asked before those
+        that reuse their choice.
         """
         source = self.method.source_layer(layer)
         if source is None:
             return [None] * len(rows)
         found: list[tuple[_Layer, Cut]] = []
-        asked: list[tuple[_Layer, Cut, Question]] = []
+        asking: list[int] = []
         for index, (request_id, tokens) in enumerate(rows):
-            cut = self.budget.cut(tokens, self.method.geometry.block_tokens)
-            state = self._requests[request_id].layers[source]
+            cut, state = self._cut(tokens), self._requests[request_id].layers[source]
             found.append((state, cut))
-            if source == layer and not cut.dense:
-                mass = None if known is None else known[index]
-                question = self._question(state, queries[index], cut, mass)
-                if question is not None:
-                    asked.append((state, cut, question))
-        if asked:
-            answers = self.method.choose_all([question for _, _, question in asked])
-            for (state, cut, _), answer in zip(asked, answers, strict=True):
-                chosen = answer + cut.first
-                state.chosen = np.asarray(
-                    chosen.cpu() if hasattr(chosen, "cpu") else chosen, np.int64
-                )
-                state.age, state.cut = 0, cut
+            if source == layer and not cut.dense and self._asks(state, queries[index], cut):
+                asking.append(index)
+        if asking:
+            if len(asking) < len(rows):
+                queries, known = queries[asking], rows_of(known, asking)
+            states = [found[index] for index in asking]
+            if any(len(state.queries) > 1 for state, _ in states):
+                recent = [array_namespace(queries).stack([*one.queries]) for one, _ in states]
+            else:
+                recent = queries[:, None]
+            self._ask(layer, states, recent, known)
         return [
             None if cut.dense or state.chosen is None else Choice(cut, state.chosen)
             for state, cut in found
@@ -267,26 +293,58 @@ class SparseKVManager:
             for array in layer.arrays
         )
 
-    def _question(
-        self, state: _Layer, queries: Array, cut: Cut, known: Array | None
-    ) -> Question | None:
-        """Return what to ask the method; None where the last choice stays, or nothing can be."""
+    def _asks(self, state: _Layer, queries: Array, cut: Cut) -> bool:
+        """Whether a layer chooses anew; else the last choice stays, or everything is attended to.
+
+        Its ``queries`` are those to choose by then.
+        """
         stride = self.method.options.stride
-        window = stride if self.method.query_window == "stride" else 1
-        state.queries.append(queries)
-        while len(state.queries) > window:
-            state.queries.popleft()
+        if stride > 1 and self.method.query_window == "stride":
+            state.queries.append(array_namespace(queries).asarray(queries, copy=True))
+            while len(state.queries) > stride:
+                state.queries.popleft()
         state.age += 1
         if state.chosen is not None and state.age < stride and _same_middle(state.cut, cut):
-            return None
+            return False
         if state.count < cut.last or state.basis is None:
             state.chosen = None
-            return None
-        middle = tuple(array[cut.first : cut.last] for array in state.arrays)
-        # Most methods ask for one, which needs no copy.
-        several = len(state.queries) > 1
-        recent = array_namespace(queries).stack([*state.queries]) if several else queries[None]
-        return Question(recent, middle, state.basis, known, cut.chosen)
+            return False
+        return True
+
+    def _ask(
+        self,
+        layer: int,
+        asking: Sequence[tuple[_Layer, Cut]],
+        queries: Sequence[Array],
+        known: Array | KeptKeys | None,
+    ) -> None:
+        """Have the method choose for some requests."""
+        # What they choose from stays the same from one step to the next, mostly.
+        same = tuple((state.version, cut.first, cut.last, cut.chosen) for state, cut in asking)
+        kept, choose = self._choosers.get(layer, (None, None))
+        if choose is None or kept != same:
+            among = [
+                Candidates(
+                    tuple(array[cut.first : cut.last] for array in state.arrays),
+                    state.basis or (),
+                    cut.chosen,
+                )
+                for state, cut in asking
+            ]
+            choose = self.method.chooser(among)
+            self._choosers[layer] = (same, choose)
+        answers = choose(queries, known)
+        for (state, cut), answer in zip(asking, answers, strict=True):
+            chosen = answer + cut.first
+            state.chosen = np.asarray(chosen.cpu() if hasattr(chosen, "cpu") else chosen, np.int64)
+            state.age, state.cut = 0, cut
+
+
+def rows_of(known: Array | KeptKeys | None, rows: Sequence[int]) -> Array | KeptKeys | None:
+    """Return what is ``known`` of some rows: see ``SparseKVManager.choose_all``."""
+    if known is None or isinstance(known, KeptKeys):
+        return None if known is None else known.of(rows)
+    return known[[*rows]]
 
 
 def _same_middle(before: Cut | None, now: Cut) -> bool:

@@ -20,21 +20,22 @@ import numpy as np
 from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
-from ucm_sdk._native.scoring import AxesChoice
+from ucm_sdk._native.choosing import AxesChooser, chooses_best_alone
+from ucm_sdk._native.scoring import MOST_TOKENS
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.sparse.base import (
     Array,
     Arrays,
     AttentionGeometry,
+    Candidates,
+    Chooser,
     MethodOptions,
-    Question,
     SummaryField,
     UcmSparseBase,
 )
 from ucm_sdk.sparse.kernels import (
     axes_codes,
     axes_tables,
-    choose_by_axes,
     constant,
     table_scores,
 )
@@ -174,20 +175,23 @@ class Transform(UcmSparseBase):
         tables, offsets = axes_tables(scaled, *basis[:4], planes=self._planes)
         return table_scores(tables, summaries[0], offsets=offsets)
 
-    def choose_all(self, asked: Sequence[Question]) -> list[Array]:
+    def chooser(self, among: Sequence[Candidates]) -> Chooser:
         """See the base class; in one call into C where that can be."""
-        fused = choose_by_axes(
-            [self._by_axes(one) for one in asked],
+        codes = [one.summaries[0] for one in among]
+        if not all(isinstance(one, np.ndarray) and chooses_best_alone(one) for one in codes):
+            return super().chooser(among)
+        if self.geometry.block_tokens > MOST_TOKENS:
+            return super().chooser(among)
+        by_axes = AxesChooser(
+            [one.basis[:4] for one in among],
+            codes,
+            [one.count for one in among],
+            group=self.geometry.group,
+            scale=self.geometry.score_scale,
             shares=self.counts_shares,
             together=self.options.share == "layer",
         )
-        return super().choose_all(asked) if fused is None else [*fused]
-
-    def _by_axes(self, asked: Question) -> AxesChoice:
-        queries, known = asked.queries, self.counted(asked.known)
-        xp = array_namespace(queries)
-        scaled = xp.astype(queries, xp.float32) * self.geometry.score_scale
-        return AxesChoice(scaled, asked.basis[:4], asked.summaries[0], known, asked.count)
+        return by_axes if self.counts_known else lambda queries, _: by_axes(queries, None)
 
 
 def _to_numpy(array: Array) -> NDArray[np.float64]:

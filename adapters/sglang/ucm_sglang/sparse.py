@@ -11,8 +11,14 @@ import numpy as np
 import torch
 
 from ucm_sdk.errors import ConfigError
-from ucm_sdk.sparse import AttentionGeometry, SparseKVManager, UcmSparseBase, make_method
-from ucm_sdk.sparse.kernels import known_mass
+from ucm_sdk.sparse import (
+    AttentionGeometry,
+    KeptKeys,
+    KeyMemory,
+    SparseKVManager,
+    UcmSparseBase,
+    make_method,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,7 +73,6 @@ class SglangSparse:
         self._method = method
         self._manager = SparseKVManager(method, sparse.budget)
         self._page = method.geometry.block_tokens
-        self._scale = np.float32(method.geometry.score_scale)
         self._tokens: dict[str, int] = {}
         """How many a known request had at its last step."""
         self._rows: list[_Row] = []
@@ -112,7 +117,7 @@ class SglangSparse:
         if not all(row.cut.dense for row in self._rows):
             shape = (-1, geometry.kv_heads, geometry.group, geometry.head_size)
             queries = query.float().reshape(shape).numpy()
-            known = self._known(queries, pages)
+            known = self._known(pages) if self._method.counts_known else None
             asked = [(row.id, row.tokens) for row in self._rows]
             choices = self._manager.choose_all(layer, asked, queries, known)
             for row, choice in zip(self._rows, choices, strict=True):
@@ -130,20 +135,15 @@ class SglangSparse:
         found: NDArray[Any] = memory.numpy().reshape(shape).swapaxes(1, 2)
         return found
 
-    def _known(
-        self, queries: NDArray[np.float32], pages: NDArray[Any]
-    ) -> NDArray[np.float32] | None:
-        """Return the log-sum-exp of the scores over sink and recent tokens, ``[R, H, g]``."""
-        if self._method.options.vote != "probability":
-            return None
+    def _known(self, pages: NDArray[Any]) -> KeptKeys:
+        """Return the keys of sink and recent tokens."""
         kept, ends = [], []
         for row in self._rows:
             kept += [*row.pages[: row.cut.first], *row.pages[row.cut.last :]]
             ends.append(len(kept))
         in_last = [row.tokens - (row.cut.blocks - 1) * self._page for row in self._rows]
-        return known_mass(
-            queries * self._scale,
-            pages,
+        return KeptKeys(
+            KeyMemory(pages),
             np.array(kept, np.int32),
             np.array(ends, np.uint32),
             np.array(in_last, np.uint32),

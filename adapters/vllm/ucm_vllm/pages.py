@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ucm_sdk.position.paged import Pages, supports
+from ucm_sdk.sparse import KeyMemory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +31,7 @@ class LayerPages:
         self._values = halves[:, :, 1].unflatten(2, (self._tokens, self._size))
         self.in_c = kv_cache.dtype == torch.float32 and supports(self._tokens, self._size)
         """Whether the SDK's kernels attend to them; otherwise torch does, which takes longer."""
+        self._memory: KeyMemory | None = None
 
     def addresses(self, table: NDArray[np.int32], tokens: int) -> Pages:
         """Return where a request's pages lie."""
@@ -37,12 +39,13 @@ class LayerPages:
         numbers = table[: -(-tokens // self._tokens)]
         return Pages(self.cache.data_ptr(), page, head, numbers, self._tokens, self._size)
 
-    def pages_of(self, blocks: NDArray[np.int32]) -> tuple[NDArray[Any], NDArray[np.int32]]:
-        """Return all pages' keys ``[pages, H, B, d]``, bfloat16 as its bits, and ``blocks``."""
-        keys = self._keys
-        memory = keys.view(torch.uint16) if keys.dtype == torch.bfloat16 else keys
-        found: NDArray[Any] = memory.numpy().swapaxes(2, 3)
-        return found, blocks
+    def pages_of(self, blocks: NDArray[np.int32]) -> tuple[KeyMemory, NDArray[np.int32]]:
+        """Return all pages' keys, and ``blocks``."""
+        if self._memory is None:
+            keys = self._keys
+            memory = keys.view(torch.uint16) if keys.dtype == torch.bfloat16 else keys
+            self._memory = KeyMemory(memory.numpy().swapaxes(2, 3))
+        return self._memory, blocks
 
     def keys(self, blocks: NDArray[np.int64]) -> NDArray[Any]:
         """Return a copy ``[n, H, B, d]`` of some pages' keys; float32 of bfloat16."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -15,12 +15,13 @@ from ucm_sdk.connector import DecodeRow, SparseConfig, SparsePlan, SparseWorkerS
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.sparse import (
     AttentionGeometry,
+    KeptKeys,
+    KeyMemory,
     SparseBudget,
     SparseKVManager,
     UcmSparseBase,
     make_method,
 )
-from ucm_sdk.sparse.kernels import known_mass
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -80,8 +81,8 @@ class KeyPages(Protocol):
     def keys(self, blocks: NDArray[np.int64]) -> NDArray[Any]:
         """Return a copy ``[n, H, B, d]`` of some pages' keys; float32 of bfloat16."""
 
-    def pages_of(self, blocks: NDArray[np.int32]) -> tuple[NDArray[Any], NDArray[np.int32]]:
-        """Return pages ``[n, H, B, d]``, bfloat16 as its bits, and where ``blocks`` are in them."""
+    def pages_of(self, blocks: NDArray[np.int32]) -> tuple[KeyMemory, NDArray[np.int32]]:
+        """Return pages, and where ``blocks`` are in them."""
 
 
 class VllmSparse:
@@ -101,6 +102,7 @@ class VllmSparse:
         self._layers = layers
         self._active = False
         self._step: _Step | None = None
+        self._last: _Step | None = None
 
     def begin_step(self, plan: SparsePlan) -> None:
         """Take the scheduler's decisions."""
@@ -133,10 +135,12 @@ class VllmSparse:
         if not self._active:
             return None
         if self._step is None or self._step.metadata is not metadata:
-            self._step = _Step.of(metadata, rows(), self._side, self._budget, self.block_tokens)
+            last = self._last
+            step = _Step.of(metadata, rows(), self._side, self._budget, self.block_tokens)
+            self._step = self._last = step.like(last) if last is not None else step
         layer, step = self._layers[layer_name], self._step
         self._method.attention_begin(layer)
-        for row, computed in step.rows:
+        for row, computed in step.unsettled:
             self._side.summarise(
                 layer,
                 row.request,
@@ -147,8 +151,7 @@ class VllmSparse:
         tables: list[NDArray[np.int32] | None] = []
         if step.decoding:
             queries = step.queries(query, self._method.geometry)
-            votes = self._method.options.vote == "probability"
-            known = step.known(queries, pages, self._method.geometry) if votes else None
+            known = step.known(pages) if self._method.counts_known else None
             tables = self._side.tables(layer, step.decoding, queries, known)
         self._method.attention_finished(layer)
         return None if all(table is None for table in tables) else step.changed(tables)
@@ -161,13 +164,13 @@ class _Step:
     metadata: object
     batch: BatchRows
     block_tokens: int
-    rows: list[tuple[DecodeRow, int]]
-    """Every row, and how many of its tokens had been computed before."""
+    unsettled: list[tuple[DecodeRow, int]]
+    """Rows with something to summarise, and how many of their tokens had been computed before."""
     decoding: list[DecodeRow]
     """Those that decode one token and need not attend to everything."""
     numbers: NDArray[np.int64]
     """Their places in the block table."""
-    last_tokens: torch.Tensor
+    last_tokens: NDArray[np.int64]
     """Their places among the step's tokens."""
     kept: NDArray[np.int32]
     """Their sink and recent pages, one row's after another's."""
@@ -187,7 +190,7 @@ class _Step:
     ) -> _Step:
         """Look the step's rows up."""
         starts, tables = batch.starts, batch.tables
-        rows, decoding, numbers, kept, ends, in_last = [], [], [], [], [], []
+        unsettled, decoding, numbers, kept, ends, in_last = [], [], [], [], [], []
         for number, tokens in enumerate(batch.lengths):
             fresh = int(starts[number + 1] - starts[number])
             tail = int(tables[number, (tokens - 1) // size])
@@ -195,7 +198,8 @@ class _Step:
                 continue
             cut = budget.cut(tokens, size)
             row = DecodeRow(id, tokens, tables[number, : cut.blocks])
-            rows.append((row, tokens - fresh))
+            if not side.settled(id, computed_tokens=tokens - fresh, tokens=tokens):
+                unsettled.append((row, tokens - fresh))
             if fresh == 1 and not cut.dense:
                 decoding.append(row)
                 numbers.append(number)
@@ -206,29 +210,37 @@ class _Step:
             metadata,
             batch,
             size,
-            rows,
+            unsettled,
             decoding,
             np.array(numbers, np.int64),
-            torch.from_numpy(starts[np.array(numbers, np.int64)].astype(np.int64)),
+            starts[np.array(numbers, np.int64)].astype(np.int64),
             np.array(kept, np.int32),
             np.array(ends, np.uint32),
             np.array(in_last, np.uint32),
         )
 
-    def queries(self, query: torch.Tensor, geometry: AttentionGeometry) -> NDArray[np.float32]:
-        """Return a copy of the decoding rows' queries, ``[R, H, g, d]``: the memory is vLLM's."""
-        shape = (-1, geometry.kv_heads, geometry.group, geometry.head_size)
-        last = self.last_tokens.to(query.device)
-        found: NDArray[np.float32] = query[last].float().view(shape).cpu().numpy()
-        return found
+    def like(self, other: _Step) -> _Step:
+        """Return this step with the other's memory where that says the same."""
+        same = np.array_equal(self.kept, other.kept) and np.array_equal(self.ends, other.ends)
+        return replace(self, kept=other.kept, ends=other.ends) if same else self
 
-    def known(
-        self, queries: NDArray[np.float32], pages: KeyPages, geometry: AttentionGeometry
-    ) -> NDArray[np.float32]:
-        """Return the log-sum-exp of the scores over sink and recent tokens, ``[R, H, g]``."""
-        scaled = queries * np.float32(geometry.score_scale)
+    def queries(self, query: torch.Tensor, geometry: AttentionGeometry) -> NDArray[np.float32]:
+        """Return the decoding rows' queries, ``[R, H, g, d]``, maybe in vLLM's memory."""
+        shape = (-1, geometry.kv_heads, geometry.group, geometry.head_size)
+        if query.dtype == torch.float32 and query.device.type == "cpu":
+            found: NDArray[np.float32] = query.numpy()
+            # Where every row decodes, these are all queries.
+            if len(self.last_tokens) < len(found):
+                found = found[self.last_tokens]
+        else:
+            last = torch.from_numpy(self.last_tokens).to(query.device)
+            found = query[last].float().cpu().numpy()
+        return found.reshape(shape)
+
+    def known(self, pages: KeyPages) -> KeptKeys:
+        """Return the keys of sink and recent tokens."""
         memory, kept = pages.pages_of(self.kept)
-        return known_mass(scaled, memory, kept, self.ends, self.in_last)
+        return KeptKeys(memory, kept, self.ends, self.in_last)
 
     def changed(
         self, attended: Sequence[NDArray[np.int32] | None]

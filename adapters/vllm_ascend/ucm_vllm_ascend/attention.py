@@ -24,6 +24,7 @@ from vllm_ascend.attention.attention_v1 import (
 )
 
 from ucm_sdk.errors import ConfigError
+from ucm_sdk.sparse import KeyMemory
 from ucm_vllm.attention import ucm_config
 from ucm_vllm.sparse import BatchRows
 
@@ -51,9 +52,10 @@ class LayerKeys:
         found: NDArray[Any] = some.float().cpu().numpy().swapaxes(1, 2)
         return found
 
-    def pages_of(self, blocks: NDArray[np.int32]) -> tuple[NDArray[Any], NDArray[np.int32]]:
-        """Return copies of just these blocks' keys ``[n, H, B, d]``, and their places in them."""
-        return self.keys(blocks.astype(np.int64)), np.arange(len(blocks), dtype=np.int32)
+    def pages_of(self, blocks: NDArray[np.int32]) -> tuple[KeyMemory, NDArray[np.int32]]:
+        """Return copies of just these blocks' keys, and their places in them."""
+        copies = self.keys(blocks.astype(np.int64))
+        return KeyMemory(copies), np.arange(len(blocks), dtype=np.int32)
 
 
 class SparseAscendImpl(AscendAttentionBackendImpl):
