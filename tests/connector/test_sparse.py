@@ -279,6 +279,25 @@ def begin_beside(worker: Any, id: str) -> Any:
     return cut
 
 
+def test_the_last_token_of_a_prompt_beside_one_that_is_decoded(tmp_path: Path) -> None:
+    worker = make(tmp_path)
+    worker.begin(offloaded=False)
+    begin_beside(worker, "s")
+    queries, known = np.stack([query_of(1), query_of(2)]), np.zeros((2, 3, 2), np.float32)
+    known[0] = 50.0  # who looks elsewhere has nothing to say
+    rows = [
+        DecodeRow("r", PROMPT, TABLE[: -(-PROMPT // B)]),
+        DecodeRow("s", BLOCKS * B, TABLE[:BLOCKS]),
+    ]
+    worker.manager.method.options = worker.manager.method.options.model_copy(
+        update={"vote": "probability"}
+    )
+    first, second = worker.side.tables(1, rows, queries, known)
+    assert first is None
+    [alone] = worker.side.tables(1, rows[1:], queries[1:], known[1:])
+    assert np.array_equal(second, alone)
+
+
 def test_the_rows_of_a_layer_are_loaded_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

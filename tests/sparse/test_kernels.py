@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -209,6 +210,12 @@ def test_what_is_known_may_be_given_as_keys(instruction_set: str) -> None:
     for known, expected in ((mass, by_keys), (None, unknown), (kept, by_keys)):
         found = choose(queries, known)
         assert all((a == b).all() for a, b in zip(found, expected, strict=True))
+    # Of other keys, and of less of them, the next call finds another mass.
+    other = replace(kept, pages=kept.pages[::-1].copy(), last_tokens=np.array([7, 9], np.uint32))
+    for one in (kept, other, replace(other, last_tokens=kept.last_tokens), kept):
+        choose(queries, one)
+        expected_mass = one.mass(np.concatenate(queries) * np.float32(0.5))
+        assert np.allclose(choose._known, expected_mass)
     [second] = kept.of([1]).mass(queries[1] * np.float32(0.5))
     assert np.array_equal(second, mass[1])
     assert np.array_equal(kept.of([1, 0]).mass(np.concatenate(queries[::-1]) / 2), mass[::-1])

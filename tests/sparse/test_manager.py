@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +10,16 @@ import numpy as np
 import pytest
 
 from ucm_sdk.errors import ArgumentError, ConfigError
-from ucm_sdk.sparse import SlotTable, SparseBudget, SparseKVManager, make_method
+from ucm_sdk.sparse import (
+    Candidates,
+    KeptKeys,
+    KeyMemory,
+    SlotTable,
+    SparseBudget,
+    SparseKVManager,
+    UcmSparseBase,
+    make_method,
+)
 from ucm_sdk.testing.sparse_suite import GEOMETRY, keys_of, query_of
 
 B = GEOMETRY.block_tokens
@@ -306,3 +317,45 @@ def test_settled_is_a_step_that_changes_no_summary(method: str) -> None:
     assert not settles(20 * B + 1, 20 * B + 2)
     assert settles(20 * B + 2, 20 * B + 3)
     assert not settles(20 * B, 22 * B)
+    assert not settles(10 * B, 22 * B)  # all of it again in one step
+
+
+def test_a_finished_request_leaves_no_summaries_behind() -> None:
+    manager = manager_of("transform")
+    for name in ("a", "b"):
+        manager.request_begin(name, 20 * B)
+        summarise(manager, name, keys_of(20))
+    rows = [("a", 20 * B + 1), ("b", 20 * B + 1)]
+    manager.choose_all(0, rows, np.stack([query_of(1), query_of(2)]))
+    gone = weakref.ref(manager._requests["a"].layers[0].arrays[0])
+    manager.request_finished("a")
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("share", ["layer", "kv_head"])
+@pytest.mark.parametrize("vote", ["score", "softmax", "probability"])
+def test_one_call_for_all_chooses_what_the_parts_of_a_method_choose(vote: str, share: str) -> None:
+    method = make_method("transform", GEOMETRY, options={"vote": vote, "share": share})
+    among, queries = [], np.stack([query_of(1), query_of(2)])[:, None]
+    for blocks, count in ((30, 6), (25, 4)):
+        keys = keys_of(blocks, blocks)
+        basis = method.fit(0, keys)
+        among.append(Candidates(method.summarise(keys, basis), basis, count))
+    # Some heads find what they look for among what is kept.
+    kept = KeptKeys(
+        KeyMemory(keys_of(6, 5) + 2 * queries[0, 0, :, :1]),
+        np.array([0, 3, 1, 2, 5], np.int32),
+        np.array([2, 5], np.uint32),
+        np.array([B, 3], np.uint32),
+    )
+    mass = kept.mass(queries[:, 0] * np.float32(GEOMETRY.score_scale))
+    parts, fused = UcmSparseBase.chooser(method, among), method.chooser(among)
+    for known in (kept, mass, None, kept):
+        expected = parts(queries, known)
+        for given in (queries, [*queries]):
+            found = [one.copy() for one in fused(given, known)]
+            assert all(map(np.array_equal, found, expected))
+    by_mass, unknown = parts(queries, mass), parts(queries, None)
+    counts = any((a != b).any() for a, b in zip(by_mass, unknown, strict=True))
+    assert counts == (vote == "probability")

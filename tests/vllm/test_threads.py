@@ -14,6 +14,7 @@ from ucm_sdk._native import threads
 from ucm_sdk.connector import join_team
 from ucm_sdk.position import make_position, make_rope
 from ucm_sdk.position.paged import PagedAttention, Pages
+from ucm_sdk.sparse import AttentionGeometry, Candidates, make_method
 
 LENGTH, TOKENS, HEADS, GROUP, SIZE = 3000, 32, 3, 3, 64
 ROPE = make_rope({"rope_theta": 1e4}, head_size=SIZE, context_tokens=1024)
@@ -65,6 +66,34 @@ def test_the_engines_team_computes_the_same(rows: int) -> None:
     assert found == pytest.approx(alone, abs=1e-6)
     # Whoever joins does so for itself.
     assert not in_thread(threads.in_team)
+
+
+def test_the_engines_team_chooses_the_same() -> None:
+    geometry = AttentionGeometry(
+        layers=1, kv_heads=HEADS, group=GROUP, head_size=SIZE, block_tokens=TOKENS
+    )
+    method = make_method("transform", geometry)
+    generator = np.random.default_rng(1)
+    among = []
+    for blocks in (150, 90, 200):
+        keys = generator.standard_normal((blocks, HEADS, TOKENS, SIZE), np.float32)
+        basis = method.fit(0, keys)
+        among.append(Candidates(method.summarise(keys, basis), basis, blocks // 5))
+    steps = generator.standard_normal((50, 3, 1, HEADS, GROUP, SIZE), np.float32)
+    known = generator.standard_normal((50, 3, HEADS, GROUP), np.float32)
+
+    def chosen() -> list[list[int]]:
+        choose = method.chooser(among)
+        found = zip(steps, known, strict=True)
+        return [one.tolist() for queries, mass in found for one in choose(queries, mass)]
+
+    alone = in_thread(chosen)
+
+    def shared() -> object:
+        assert join_team()
+        return chosen()
+
+    assert in_thread(shared) == alone
 
 
 def test_a_team_leaves_nothing_to_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
