@@ -127,6 +127,7 @@ class AxesChooser:
         self._counts = False
         self._memory: KeyMemory | None = None
         self._pages: NDArray[np.int32] | None = None
+        self._ends: NDArray[np.uint32] | None = None
         self._pages_at: Any = None
         for index, (row, basis, own) in enumerate(zip(self._rows, bases, codes, strict=True)):
             axes, parts = axes_at(size, *basis)
@@ -183,8 +184,8 @@ class AxesChooser:
                 row.keys = _ffi.NULL if memory is None else memory.at
         if kept is None:
             return
-        if kept.pages is not self._pages:
-            self._pages, self._pages_at = kept.pages, data_of(kept.pages)
+        if kept.pages is not self._pages or kept.ends is not self._ends:
+            self._pages, self._ends, self._pages_at = kept.pages, kept.ends, data_of(kept.pages)
             begin = 0
             for row, end in zip(self._rows, kept.ends.tolist(), strict=True):
                 row.kept, row.kept_count = self._pages_at + begin, end - begin

@@ -194,29 +194,32 @@ class SparseWorkerSide:
             queries, known = queries[decoding], rows_of(known, decoding)
         asked = [(rows[index].request, rows[index].tokens) for index in decoding]
         choices = self._manager.choose_all(layer, asked, queries, known)
-        parts: list[_Part | None] = [None] * len(rows)
+        tables: list[NDArray[np.int32] | None] = [None] * len(rows)
+        parts: dict[int, _Part] = {}
         for index, choice in zip(decoding, choices, strict=True):
-            parts[index] = self._part(rows[index], choice)
+            row, request = rows[index], self._requests[rows[index].request]
+            if request.last > request.first:
+                parts[index] = self._part(row, request, choice)
+            elif choice is not None:
+                tables[index] = _in_pool(row.blocks, choice)
         # Nothing counts as loaded before every row has chosen: a method may fail.
-        for part in parts:
-            if part is not None and len(part.places):
+        for part in parts.values():
+            if len(part.places):
                 self._place(layer, part)
-        self._fill_slots(layer, [part for part in parts if part is not None and part.loads])
-        return [None if part is None else part.table() for part in parts]
+        self._fill_slots(layer, [part for part in parts.values() if part.loads])
+        for index, part in parts.items():
+            tables[index] = part.table()
+        return tables
 
-    def _part(self, row: DecodeRow, choice: Choice | None) -> _Part | None:
-        request = self._requests[row.request]
+    def _part(self, row: DecodeRow, request: _Request, choice: Choice | None) -> _Part:
+        """Return what a row of which blocks have left the pool attends to."""
         if choice is None:
-            if request.last <= request.first:
-                return None
             cut = self._manager.budget.cut(row.tokens, self._manager.method.geometry.block_tokens)
             return _Part(row, request, cut, chosen=False, found=np.empty(0, np.int32))
         middle = choice.middle[0]
         part = _Part(row, request, choice.cut, chosen=True, found=row.blocks[middle])
-        if request.last > request.first:
-            away = (middle >= request.first) & (middle < request.last)
-            part.places = np.flatnonzero(away)
-            part.wanted = middle[part.places].tolist()
+        part.places = np.flatnonzero((middle >= request.first) & (middle < request.last))
+        part.wanted = middle[part.places].tolist()
         return part
 
     def _place(self, layer: int, part: _Part) -> None:
@@ -283,3 +286,10 @@ class SparseWorkerSide:
         if now - self._logged >= _LOG_EVERY_S:
             self._logged = now
             logger.warning("sparse attention goes on without blocks that did not load: %s", error)
+
+
+def _in_pool(blocks: NDArray[np.int32], choice: Choice) -> NDArray[np.int32]:
+    """Return what is attended to of a request's blocks, which are all in the engine's pool."""
+    cut = choice.cut
+    kept = blocks[: cut.first], blocks[choice.middle[0]], blocks[cut.last : cut.blocks]
+    return np.concatenate(kept)

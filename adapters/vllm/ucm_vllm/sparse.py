@@ -102,7 +102,8 @@ class VllmSparse:
         self._layers = layers
         self._active = False
         self._step: _Step | None = None
-        self._last: _Step | None = None
+        self._kept = np.empty(0, np.int32), np.empty(0, np.uint32)
+        """Which pages the last step kept: arrays that stay the same are read once."""
 
     def begin_step(self, plan: SparsePlan) -> None:
         """Take the scheduler's decisions."""
@@ -135,9 +136,9 @@ class VllmSparse:
         if not self._active:
             return None
         if self._step is None or self._step.metadata is not metadata:
-            last = self._last
             step = _Step.of(metadata, rows(), self._side, self._budget, self.block_tokens)
-            self._step = self._last = step.like(last) if last is not None else step
+            self._step = step.with_kept(*self._kept)
+            self._kept = self._step.kept, self._step.ends
         layer, step = self._layers[layer_name], self._step
         self._method.attention_begin(layer)
         for row, computed in step.unsettled:
@@ -219,10 +220,10 @@ class _Step:
             np.array(in_last, np.uint32),
         )
 
-    def like(self, other: _Step) -> _Step:
-        """Return this step with the other's memory where that says the same."""
-        same = np.array_equal(self.kept, other.kept) and np.array_equal(self.ends, other.ends)
-        return replace(self, kept=other.kept, ends=other.ends) if same else self
+    def with_kept(self, kept: NDArray[np.int32], ends: NDArray[np.uint32]) -> _Step:
+        """Return this step with these arrays, where they say the same as its own."""
+        same = np.array_equal(self.kept, kept) and np.array_equal(self.ends, ends)
+        return replace(self, kept=kept, ends=ends) if same else self
 
     def queries(self, query: torch.Tensor, geometry: AttentionGeometry) -> NDArray[np.float32]:
         """Return the decoding rows' queries, ``[R, H, g, d]``, maybe in vLLM's memory."""

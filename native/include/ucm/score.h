@@ -24,7 +24,7 @@ typedef struct {
     uint32_t queries, heads, group, blocks;
     uint32_t first; /* of the blocks that this call scores, `count` from here on */
     uint32_t count;
-    uint32_t summary_heads; /* KV heads of the summaries, of which these are the first; 0: `heads` */
+    uint32_t summary_heads; /* of which `heads` are the first; 0 where there are no others */
 } ucm_score_shape;
 
 enum { UCM_SCORE_TOGETHER = 16 };
@@ -135,8 +135,8 @@ typedef struct {
 } ucm_choice;
 
 /* What ucm_score_mass, ucm_axes_tables, ucm_score_tables, ucm_vote and ucm_select find one after
- * another, for each of some queries, each with its own blocks.  Shares the heads of all with the calling thread's
- * team: see ucm/team.h.  UCM_INVALID as these say. */
+ * another, for each of some queries, each with its own blocks.  Shares the heads of all with the
+ * calling thread's team: see ucm/team.h.  UCM_INVALID as these say. */
 int ucm_choose_by_axes(ucm_choice *choices, uint32_t count, uint32_t heads, uint32_t group,
                        uint32_t planes, uint32_t tokens, int rule, int together);
 
