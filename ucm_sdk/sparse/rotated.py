@@ -71,17 +71,20 @@ class Rotated(UcmSparseBase):
         xp = array_namespace(keys)
         centred = xp.astype(keys, xp.float32) - basis[0][:, None, :]
         turned = centred @ constant(self._rotation, keys)
+        size = turned.shape[-1]
+        inner, outer = (float(level) for level in LEVELS[_BITS, _CODES // 2 : _CODES])
+        apart = float(THRESHOLDS[_BITS, _CODES // 2])
+        length = xp.abs(turned)
         deviation = xp.sqrt(xp.mean(turned * turned, axis=-1, keepdims=True)) + _SMALLEST
-        code = xp.zeros_like(turned)
-        for threshold in THRESHOLDS[_BITS, : _CODES - 1].tolist():
-            code = code + xp.astype(turned > threshold * deviation, xp.float32)
-        level = xp.zeros_like(turned)
-        for number in range(_CODES):
-            level = level + xp.where(code == number, float(LEVELS[_BITS, number]), 0.0)
-        scale = xp.sum(turned * level, axis=-1) / xp.sum(level * level, axis=-1)
-        grouped = xp.reshape(code, (*code.shape[:3], -1, 4))
-        weights = constant(np.array([1, 4, 16, 64], np.float32), keys)
-        octets = xp.astype(xp.sum(grouped * weights, axis=-1), xp.uint8)
+        far = length > apart * deviation
+        # A value and its level have the same sign, which the products do not need.
+        products = inner * xp.sum(length, axis=-1)
+        products = products + (outer - inner) * xp.sum(xp.where(far, length, 0.0), axis=-1)
+        many = xp.astype(xp.count_nonzero(far, axis=-1), xp.float32)
+        scale = products / (inner**2 * size + (outer**2 - inner**2) * many)
+        step = xp.astype(far, xp.uint8)
+        code = xp.where(turned > 0, step + 2, 1 - step)
+        octets = code[..., 0::4] + 4 * code[..., 1::4] + 16 * code[..., 2::4] + 64 * code[..., 3::4]
         return (xp.permute_dims(octets, (0, 1, 3, 2)), xp.astype(scale, xp.float16))
 
     def score(self, queries: Array, summaries: Arrays, basis: Arrays) -> Array:
