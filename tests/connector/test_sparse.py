@@ -12,7 +12,7 @@ import pytest
 
 from ucm_sdk.connector import DecodeRow, KVMemory, SparseChange, SparsePlan, SparseWorkerSide
 from ucm_sdk.layout import KVLayout
-from ucm_sdk.sparse import SparseBudget, SparseKVManager, make_method
+from ucm_sdk.sparse import KeptKeys, KeyMemory, SparseBudget, SparseKVManager, make_method
 from ucm_sdk.store import KVStoreBase, StoreContext, open_store
 from ucm_sdk.telemetry import Recorder
 from ucm_sdk.testing.sparse_suite import GEOMETRY, keys_of, plant, query_of
@@ -277,6 +277,20 @@ def begin_beside(worker: Any, id: str) -> Any:
             keys=lambda some: worker.keys[some.start : some.stop : some.step],
         )
     return cut
+
+
+def test_the_last_token_of_a_prompt_alone_attends_to_everything(tmp_path: Path) -> None:
+    worker = make(tmp_path)
+    worker.begin(offloaded=False)
+    kept = KeptKeys(
+        KeyMemory(worker.keys),
+        np.array([0, 1], np.int32),
+        np.array([2], np.uint32),
+        np.array([B], np.uint32),
+    )
+    row = DecodeRow("r", PROMPT, TABLE[: -(-PROMPT // B)])
+    for known in (kept, np.zeros((1, 3, 2), np.float32), None):
+        assert worker.side.tables(1, [row], query_of()[None], known) == [None]
 
 
 def test_the_last_token_of_a_prompt_beside_one_that_is_decoded(tmp_path: Path) -> None:

@@ -190,6 +190,8 @@ class SparseWorkerSide:
             for index, row in enumerate(rows)
             if row.tokens > self._manager.prompt_tokens(row.request)
         ]
+        if not decoding:
+            return [None] * len(rows)
         if len(decoding) < len(rows):
             queries, known = queries[decoding], rows_of(known, decoding)
         asked = [(rows[index].request, rows[index].tokens) for index in decoding]

@@ -180,7 +180,7 @@ class Transform(UcmSparseBase):
         codes = [one.summaries[0] for one in among]
         if not all(isinstance(one, np.ndarray) and chooses_best_alone(one) for one in codes):
             return super().chooser(among)
-        if self.geometry.block_tokens > MOST_TOKENS:
+        if self.geometry.block_tokens > MOST_TOKENS or self.query_window != "last":
             return super().chooser(among)
         by_axes = AxesChooser(
             [one.basis[:4] for one in among],
