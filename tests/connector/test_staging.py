@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from stand_in_device import ORDINAL, StandInDevice
-from ucm_sdk import KVLayout, Namespace, StoreContext, open_store
+from ucm_sdk import KVLayout, KVStoreBase, Namespace, StoreContext, open_store
 from ucm_sdk._native.devices import Device
 from ucm_sdk.connector import EngineDevice
 from ucm_sdk.connector.landing import whole_groups
@@ -174,8 +174,12 @@ LAYOUT = KVLayout(
 )
 
 
-def context_of() -> StoreContext:
-    return StoreContext(Namespace("m", "uint8", "uint8", "full"), LAYOUT)
+def opened(
+    standin: StandInDevice, path: Path, layout: KVLayout = LAYOUT
+) -> tuple[KVStoreBase, Staging]:
+    context = StoreContext(Namespace("m", "uint8", "uint8", "full"), layout)
+    store = open_store({"kind": "file", "directory": str(path)}, context)
+    return store, Staging(store, standin.engine_device())
 
 
 def batch_of(memory: np.ndarray, count: int, first: int = 0) -> Batch:
@@ -190,8 +194,7 @@ def batch_of(memory: np.ndarray, count: int, first: int = 0) -> Batch:
 def test_what_is_saved_is_what_the_engine_had_computed_then(
     standin: StandInDevice, tmp_path: Path
 ) -> None:
-    store = open_store({"kind": "file", "directory": str(tmp_path)}, context_of())
-    staging = Staging(store, standin.engine_device())
+    store, staging = opened(standin, tmp_path)
     memory = standin.allocate(8 * 768)
     standin.hang()
     # The engine's stream has this to do when the save is asked for.
@@ -210,8 +213,7 @@ def test_what_is_saved_is_what_the_engine_had_computed_then(
 
 
 def test_after_a_cancel_a_device_writes_nothing(standin: StandInDevice, tmp_path: Path) -> None:
-    store = open_store({"kind": "file", "directory": str(tmp_path)}, context_of())
-    staging = Staging(store, standin.engine_device())
+    store, staging = opened(standin, tmp_path)
     memory = standin.allocate(64 * 768)
     memory[:] = 9
     staging.dump(batch_of(memory, 64)).wait(10)
@@ -233,8 +235,7 @@ def test_after_a_cancel_a_device_writes_nothing(standin: StandInDevice, tmp_path
 def test_a_save_that_is_given_up_is_not_waited_for_and_never_shows(
     standin: StandInDevice, tmp_path: Path
 ) -> None:
-    store = open_store({"kind": "file", "directory": str(tmp_path)}, context_of())
-    staging = Staging(store, standin.engine_device())
+    store, staging = opened(standin, tmp_path)
     memory = standin.allocate(8 * 768)
     standin.hang()
     time.sleep(0.05)
@@ -255,8 +256,7 @@ def test_a_load_that_is_given_up_is_waited_for_once(
 ) -> None:
     monkeypatch.setattr("ucm_sdk.connector.staging._BUFFER_BYTES", 2 * 768)
     monkeypatch.setattr("ucm_sdk.connector.staging._HANGS_S", 0.3)
-    store = open_store({"kind": "file", "directory": str(tmp_path)}, context_of())
-    staging = Staging(store, standin.engine_device())
+    store, staging = opened(standin, tmp_path)
     memory = standin.allocate(8 * 768)
     staging.dump(batch_of(memory, 8)).wait(10)
     standin.hang()
@@ -276,9 +276,7 @@ def test_pieces_of_any_size_lie_on_edges_of_the_hosts_memory(
     standin: StandInDevice, tmp_path: Path
 ) -> None:
     layout = replace(LAYOUT, piece_bytes=(100, 36))
-    context = StoreContext(Namespace("m", "uint8", "uint8", "full"), layout)
-    store = open_store({"kind": "file", "directory": str(tmp_path)}, context)
-    staging = Staging(store, standin.engine_device())
+    store, staging = opened(standin, tmp_path, layout)
     memory = standin.allocate(5 * 136)
     memory[:] = values = np.arange(5 * 136, dtype=np.uint32).astype(np.uint8)
     starts = memory.ctypes.data + np.arange(5, dtype=np.uint64)[:, None] * np.uint64(136)
@@ -300,8 +298,7 @@ def test_memory_lives_as_long_as_a_device_uses_it(standin: StandInDevice, tmp_pa
     class Owner:
         pass
 
-    store = open_store({"kind": "file", "directory": str(tmp_path)}, context_of())
-    staging = Staging(store, standin.engine_device())
+    store, staging = opened(standin, tmp_path)
     memory, owner = standin.allocate(8 * 768), Owner()
     standin.hang()
     time.sleep(0.05)
@@ -322,8 +319,7 @@ def test_memory_lives_as_long_as_a_device_uses_it(standin: StandInDevice, tmp_pa
 def test_what_a_device_did_not_copy_has_failed(
     standin: StandInDevice, tmp_path: Path, operation: str
 ) -> None:
-    store = open_store({"kind": "file", "directory": str(tmp_path)}, context_of())
-    staging = Staging(store, standin.engine_device())
+    store, staging = opened(standin, tmp_path)
     memory = standin.allocate(8 * 768)
     failures = 0
     for n in range(1, 40):
@@ -358,8 +354,7 @@ def test_many_transfers_share_few_buffers(
     standin: StandInDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ucm_sdk.connector.staging._BUFFER_BYTES", 3 * 768)
-    store = open_store({"kind": "file", "directory": str(tmp_path)}, context_of())
-    staging = Staging(store, standin.engine_device())
+    store, staging = opened(standin, tmp_path)
     memory = standin.allocate(100 * 768)
     values = np.arange(memory.size, dtype=np.uint64).astype(np.uint8)
     memory[:] = values
