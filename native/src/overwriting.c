@@ -6,15 +6,15 @@
 #include <unistd.h>
 
 #ifndef SYS_cachestat
-#define SYS_cachestat 451 /* on every architecture */
+#define SYS_cachestat 451 /* where calls are numbered alike, as on x86-64 and aarch64 */
 #endif
 
 enum {
     ALL = 1 << 16,
     KEPT_SHARE = 64, /* of what was known before, an observation counts so little */
     COST_SHARE = 8,
-    LEAST_BYTES = 1 << 16, /* less is not measured */
-    PAGE = 4096,
+    FORGOTTEN = 4096, /* what is not tried costs so little less each time: it will be tried again */
+    UNIT = 1 << 16,   /* bytes that a cost is of */
 };
 
 static void move(_Atomic uint32_t *average, uint32_t value, uint32_t share)
@@ -40,14 +40,15 @@ ucm_way ucm_overwriting_way(ucm_overwriting *learned, int stored, int dirty)
         again = written / 2; /* as good a guess as any */
     /* Making pages writable is paid once, and saves something each time until they are written
      * back: kept / (1 - kept) times, on average. */
-    return (anew - written) * (1 - kept) < (written - again) * kept ? UCM_STORED_ANEW : UCM_WRITTEN;
+    if ((anew - written) * (1 - kept) < (written - again) * kept)
+        return UCM_STORED_ANEW;
+    move(&learned->costs[UCM_STORED_ANEW], 0, FORGOTTEN);
+    return UCM_WRITTEN;
 }
 
 void ucm_overwriting_learn(ucm_overwriting *learned, ucm_way way, uint64_t bytes, uint64_t ns)
 {
-    if (bytes < LEAST_BYTES)
-        return;
-    const uint64_t cost = ns * LEAST_BYTES / bytes, most = UINT32_MAX;
+    const uint64_t cost = ns * UNIT / bytes, most = UINT32_MAX;
     _Atomic uint32_t *known = &learned->costs[way];
     if (!atomic_load_explicit(known, memory_order_relaxed))
         atomic_store_explicit(known, (uint32_t)(cost < most ? cost + 1 : most),
@@ -64,7 +65,8 @@ int ucm_is_dirty(int file, uint64_t offset, uint64_t bytes)
     struct {
         uint64_t cached, dirty, written_back, evicted, evicted_lately;
     } found;
+    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
     if (syscall(SYS_cachestat, file, &range, &found, 0))
         return 0;
-    return found.dirty == (offset % PAGE + bytes + PAGE - 1) / PAGE && !found.written_back;
+    return found.dirty == (offset % page + bytes + page - 1) / page && !found.written_back;
 }

@@ -29,7 +29,7 @@ typedef struct {
  * process, `dirty` whether none of it has been written back since.  Thread-safe. */
 ucm_way ucm_overwriting_way(ucm_overwriting *learned, int stored, int dirty);
 
-/* Learns that `bytes` took `ns`. */
+/* Learns that `bytes`, which are not 0, took `ns`. */
 void ucm_overwriting_learn(ucm_overwriting *learned, ucm_way way, uint64_t bytes, uint64_t ns);
 
 /* Whether the page cache has all of a file's range and none of it is on the medium; 0 as well where

@@ -17,8 +17,7 @@ static int is_in_memory(int directory)
 {
     struct statfs medium;
     return !fstatfs(directory, &medium) &&
-           (medium.f_type == TMPFS_MAGIC || medium.f_type == HUGETLBFS_MAGIC ||
-            medium.f_type == RAMFS_MAGIC);
+           (medium.f_type == TMPFS_MAGIC || medium.f_type == RAMFS_MAGIC);
 }
 
 uint32_t ucm_segments_piece_at(const ucm_segments *store, uint64_t offset)

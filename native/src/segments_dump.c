@@ -17,6 +17,7 @@ static void reset(open_block *block)
     block->ended = 0;
     block->written = 0;
     block->header_written = 0;
+    atomic_store(&block->spent_ns, 0);
     block->segment = NULL;
 }
 
@@ -160,6 +161,8 @@ static int publish(ucm_worker *worker, ucm_segments *store, open_block *block)
         return status; /* another writer was faster: this copy is dropped */
     ucm_record_seal(block->record);
     status = ucm_segments_write_header(worker, store, block);
+    if (!status)
+        ucm_segments_learn_way(store, block);
     ucm_segment_entry entry = {.used = 1,
                                .record_crc = block->record->header_crc,
                                .written_s = (uint64_t)time(NULL)};

@@ -61,6 +61,7 @@ typedef struct {
     segment *segment;  /* where it is written, NULL before the first piece */
     uint32_t slot;
     ucm_way way;      /* how it is written there */
+    _Atomic uint64_t spent_ns; /* on writing pieces, by all jobs that wrote any */
     pthread_mutex_t opening;
     ucm_record *record;
     uint8_t *claimed; /* per piece: some job writes or has written it */
@@ -204,6 +205,9 @@ void ucm_segments_choose_way(ucm_segments *store, open_block *block);
 /* Writes the pieces of rows that nobody else writes, with their checksums; adds how many. */
 int ucm_segments_write_pieces(ucm_worker *worker, ucm_segments *store, open_block *block,
                               const ucm_row *row, const ucm_row *end, uint32_t *written);
+
+/* Learns from a record that is whole. */
+void ucm_segments_learn_way(ucm_segments *store, open_block *block);
 
 /* Writes the header of a record that has all its pieces, where it is not there yet. */
 int ucm_segments_write_header(ucm_worker *worker, ucm_segments *store, open_block *block);

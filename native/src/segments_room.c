@@ -107,7 +107,7 @@ static segment *known_as(ucm_segments *store, const char *name)
 
 /*
  * Makes `file`, whose lock this handle has, the one that `known` is written through, where its
- * mapping may be written: then no faults are taken on its pages again.
+ * mapping may be written: pages that are writable in it may stay so.
  */
 static int write_through(ucm_segments *store, segment *known, ucm_segment_file *file)
 {

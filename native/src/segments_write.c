@@ -152,10 +152,21 @@ void ucm_segments_choose_way(ucm_segments *store, open_block *block)
     const int dirty = ucm_is_dirty(file->file, place(block), file->slot_bytes);
     pthread_mutex_lock(&store->mutex);
     block->way = ucm_overwriting_way(&store->overwriting, *flags & SLOT_STORED, dirty);
+    *flags &= (uint8_t)~SLOT_STORED; /* until all of it has been */
+    pthread_mutex_unlock(&store->mutex);
+}
+
+void ucm_segments_learn_way(ucm_segments *store, open_block *block)
+{
+    const ucm_segment_file *file = &block->segment->file;
+    if (!file->writable || !file->overwrites || store->in_memory)
+        return;
+    ucm_overwriting_learn(&store->overwriting, block->way, file->slot_bytes,
+                          atomic_load(&block->spent_ns));
     if (block->way == UCM_WRITTEN)
-        *flags &= (uint8_t)~SLOT_STORED;
-    else
-        *flags |= SLOT_STORED;
+        return;
+    pthread_mutex_lock(&store->mutex);
+    block->segment->slots[block->slot] |= SLOT_STORED;
     pthread_mutex_unlock(&store->mutex);
 }
 
@@ -173,15 +184,10 @@ static int write_pieces(ucm_worker *worker, ucm_segments *store, open_block *blo
 int ucm_segments_write_pieces(ucm_worker *worker, ucm_segments *store, open_block *block,
                               const ucm_row *row, const ucm_row *end, uint32_t *written)
 {
-    const ucm_segment_file *file = &block->segment->file;
     const uint64_t began = ucm_now_ns();
     int status = write_pieces(worker, store, block, row, end, written);
-    if (!status && file->writable && file->overwrites) {
-        uint64_t bytes = 0;
-        for (const ucm_row *one = row; one != end; one++)
-            bytes += one->length;
-        ucm_overwriting_learn(&store->overwriting, block->way, bytes, ucm_now_ns() - began);
-    }
+    if (*written)
+        atomic_fetch_add(&block->spent_ns, ucm_now_ns() - began);
     return status;
 }
 

@@ -265,7 +265,7 @@ static void test_choices(int joined)
     for (int i = 0; i < H * AXES * 16; i++)
         levels[i] = (uint16_t)(0x3000 + rand() % 0x800 + rand() % 2 * 0x8000);
     for (int i = 0; i < H * AXES; i++)
-        groups[i] = (uint8_t)(i * 3 % (2 * PLANES));
+        groups[i] = (uint8_t)((i * 3 + i / AXES) % (2 * PLANES)); /* other ones for each head */
     const ucm_axes axes = {SIZE, AXES, mean[0], rows, levels, groups};
     for (int together = 0; together < 2; together++) {
         ucm_choice choices[CHOICES];
@@ -293,6 +293,8 @@ static void test_choices(int joined)
             const ucm_score_shape one = {1, H, GROUP, blocks[i], 0, blocks[i], 0};
             const ucm_choice *of = &choices[i];
             CHECK_OK(ucm_axes_tables(&one, &axes, PLANES, of->queries, tables, offsets));
+            CHECK(!memcmp(of->scratch, tables, sizeof tables));
+            CHECK(!memcmp(of->scratch + TABLES, offsets, sizeof offsets));
             CHECK_OK(ucm_score_tables(&one, PLANES, B, tables, of->codes, NULL, offsets, scores));
             CHECK_OK(ucm_vote(&one, UCM_VOTE_SHARE, together, scores, of->known, votes));
             for (uint32_t list = 0; list < lists; list++)

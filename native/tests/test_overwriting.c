@@ -70,11 +70,35 @@ static void test_what_is_unknown_is_tried(void)
     CHECK(ucm_overwriting_way(&learned, 0, 1) == UCM_STORED_ANEW);
     ucm_overwriting_learn(&learned, UCM_STORED_ANEW, BYTES, 900000);
     CHECK(ucm_overwriting_way(&learned, 0, 1) == UCM_WRITTEN);
-    /* Too little to be measured, too much to be counted. */
-    ucm_overwriting_learn(&learned, UCM_WRITTEN, 1000, UINT64_MAX);
-    CHECK(ucm_overwriting_way(&learned, 0, 1) == UCM_WRITTEN);
+    /* Of small records too; and too much to be counted. */
+    ucm_overwriting_learn(&learned, UCM_WRITTEN, 4096, 700000);
+    CHECK(learned.costs[UCM_WRITTEN] > 1000000);
     ucm_overwriting_learn(&learned, UCM_STORED, BYTES, UINT64_MAX / BYTES);
     CHECK(learned.costs[UCM_STORED] > learned.costs[UCM_STORED_ANEW]);
+}
+
+static void test_one_bad_sample_is_not_for_ever(void)
+{
+    ucm_overwriting learned = {0};
+    ucm_overwriting_learn(&learned, UCM_WRITTEN, BYTES, 200000);
+    ucm_overwriting_learn(&learned, UCM_STORED, BYTES, 100000);
+    ucm_overwriting_learn(&learned, UCM_STORED_ANEW, BYTES, 1000000000); /* it had to wait */
+    int tries = 0;
+    for (int i = 0; i < 100000; i++)
+        if (ucm_overwriting_way(&learned, 0, 1) == UCM_STORED_ANEW) {
+            ucm_overwriting_learn(&learned, UCM_STORED_ANEW, BYTES, 900000);
+            tries++;
+        }
+    CHECK(tries > 10000);
+    /* What never pays is tried seldom. */
+    ucm_overwriting slow = with_costs(200000, 190000, 900000);
+    tries = 0;
+    for (int i = 0; i < 100000; i++)
+        if (ucm_overwriting_way(&slow, 0, i % 4 > 0) == UCM_STORED_ANEW) {
+            ucm_overwriting_learn(&slow, UCM_STORED_ANEW, BYTES, 900000);
+            tries++;
+        }
+    CHECK(tries > 0 && tries < 500);
 }
 
 static void test_dirty_pages(void)
@@ -109,6 +133,7 @@ int main(void)
     test_what_was_written_back_is_written();
     test_pages_are_made_writable_where_they_stay_so();
     test_what_is_unknown_is_tried();
+    test_one_bad_sample_is_not_for_ever();
     test_dirty_pages();
     return 0;
 }

@@ -3,6 +3,7 @@
 #include "ucm/segments.h"
 
 #include "segments_fixture.h"
+#include "segments_internal.h"
 
 #include <dirent.h>
 #include <fcntl.h>
@@ -308,6 +309,38 @@ static void many_writers_of_the_same_blocks_agree(void)
         CHECK_OK(load_one(block));
 }
 
+/* How records are best overwritten is learned from whole ones, whatever jobs wrote them. */
+static void every_record_is_learned_from(settings with)
+{
+    enum { NUMBERS = 60 };
+    ucm_batch *batches[2 * PIECES];
+    ucm_row rows[PIECES];
+    with.capacity_bytes = 4 << 20;
+    with.segment_bytes = 1 << 20;
+    with.durability = UCM_DURABILITY_NONE;
+    open_store(with);
+    whole_rows(rows, source, 0, 1);
+    for (uint32_t number = 0; number < NUMBERS; number++) {
+        uint8_t id[ID] = {(uint8_t)number, 2, 97};
+        /* Each piece twice: one of the two jobs finds nothing to write. */
+        for (int i = 0; i < 2 * PIECES; i++)
+            CHECK_OK(ucm_segments_dump(store, id, 1, rows + i / 2, 1, &batches[i]));
+        for (int i = 0; i < 2 * PIECES; i++) {
+            CHECK_OK(finish(batches[i], 0));
+            ucm_batch_release(batches[i]);
+        }
+    }
+    int learned = 0;
+    for (int way = 0; way < UCM_WAYS; way++) {
+        uint32_t cost = store->overwriting.costs[way];
+        learned += cost > 0;
+        /* 64 KiB are never copied, with checksums, in less. */
+        CHECK(!cost || cost > 300);
+    }
+    CHECK(learned > 0 == (with.access == UCM_ACCESS_MAPPED && !store->in_memory));
+    close_store();
+}
+
 static void all_of_it(settings with)
 {
     strcpy(root, "ucm-segments-XXXXXX");
@@ -345,6 +378,7 @@ static void all_of_it(settings with)
     dump_first_pieces(UCM_OK); /* what nobody continues makes room */
     the_capacity_holds_and_the_oldest_go(with);
     close_store();
+    every_record_is_learned_from(with);
     char command[128];
     snprintf(command, sizeof command, "rm -rf %s", root);
     CHECK(system(command) == 0);

@@ -29,7 +29,7 @@ _POINTERS: Final = {
     np.dtype(np.int64): "int64_t[]",
 }
 _MOST_SIZE: Final = 512
-"""Values of a key that ``axes_codes`` and ``known_mass`` take at most."""
+"""Values of a key that ``axes_codes`` takes at most."""
 _CODED_AXES: Final = 8
 """``ucm_axes_codes`` takes axes by so many."""
 _TOGETHER: Final = 16
@@ -56,7 +56,7 @@ def supports(array: NDArray[Any]) -> bool:
 
 
 def supports_keys(keys: NDArray[Any]) -> bool:
-    """Whether ``axes_codes`` and ``known_mass`` take such keys."""
+    """Whether ``axes_codes`` takes such keys."""
     return keys.dtype in _DTYPES and keys.shape[-1] <= _MOST_SIZE
 
 
