@@ -24,6 +24,7 @@ class LayerPages:
     def __init__(self, kv_cache: torch.Tensor) -> None:
         """Look at ``kv_cache``."""
         self.cache = kv_cache
+        """What was looked at."""
         count, self.heads, self._tokens, both = kv_cache.shape
         self._size = both // 2
         halves = kv_cache.view(count, self.heads, 2, self._size * self._tokens)
