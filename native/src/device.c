@@ -287,9 +287,13 @@ int ucm_device_copy(ucm_device *device, int direction, const ucm_device_row *row
     int status = enter(device);
     if (status)
         return status;
-    for (size_t i = 0; i < count; i++)
-        if (rows[i].bytes)
-            CALL(status, device, copy, direction, rows + i, device->stream);
+    for (size_t i = 0, some; i < count && !status; i += some + 1) {
+        /* Drivers refuse empty copies. */
+        for (some = 0; i + some < count && rows[i + some].bytes; some++) {
+        }
+        if (some)
+            CALL(status, device, copy, direction, rows + i, some, device->stream);
+    }
     leave(device);
     return status;
 }

@@ -5,7 +5,18 @@
 #include <dlfcn.h>
 #include <stdlib.h>
 
-enum { NOT_READY = 600, NON_BLOCKING = 1, NO_TIMING = 2, PORTABLE = 1 };
+enum { NOT_READY = 600, NOT_SUPPORTED = 801, NON_BLOCKING = 1, NO_TIMING = 2, PORTABLE = 1 };
+
+enum { IN_STREAM_ORDER = 1, ON_DEVICE = 1, ON_HOST = 2, BESIDE_COMPUTE = 1, BATCH = 256 };
+
+/* CUmemcpyAttributes. */
+typedef struct {
+    int source_order;
+    struct {
+        int type, id;
+    } source, target;
+    unsigned flags;
+} attributes;
 
 typedef struct {
     int (*init)(unsigned flags);
@@ -21,6 +32,9 @@ typedef struct {
     int (*stream_wait)(void *stream, void *event, unsigned flags);
     int (*to_device)(uint64_t to, const void *from, size_t bytes, void *stream);
     int (*from_device)(void *to, uint64_t from, size_t bytes, void *stream);
+    /* Since CUDA 13.0; NULL with older drivers. */
+    int (*batch)(uint64_t *to, uint64_t *from, size_t *bytes, size_t count, attributes *attributes,
+                 size_t *first, size_t attributes_count, void *stream);
     int (*event_create)(void **event, unsigned flags);
     int (*event_destroy)(void *event);
     int (*event_record)(void *event, void *stream);
@@ -63,6 +77,7 @@ static const char *load(void *handle, void **api)
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++)
         if (!(*(void **)wanted[i].to = dlsym(handle, wanted[i].name)))
             return wanted[i].name;
+    *(void **)&c->batch = dlsym(handle, "cuMemcpyBatchAsync_v2");
     return NULL;
 }
 
@@ -113,12 +128,50 @@ static int free_stream(void *api, void *stream)
     return ((cuda *)api)->stream_destroy(stream);
 }
 
-static int copy(void *api, int direction, const ucm_device_row *row, void *stream)
+static int copy_one(cuda *c, int direction, const ucm_device_row *row, void *stream)
 {
-    cuda *c = api;
     if (direction == UCM_TO_DEVICE)
         return c->to_device(row->to, (const void *)(uintptr_t)row->from, row->bytes, stream);
     return c->from_device((void *)(uintptr_t)row->to, row->from, row->bytes, stream);
+}
+
+/* A call for each of many small copies takes longer than the copies. */
+static int copy_batch(cuda *c, int direction, const ucm_device_row *rows, size_t count,
+                      void *stream)
+{
+    uint64_t to[BATCH], from[BATCH];
+    size_t bytes[BATCH], first = 0;
+    for (size_t i = 0; i < count; i++) {
+        to[i] = rows[i].to;
+        from[i] = rows[i].from;
+        bytes[i] = rows[i].bytes;
+    }
+    attributes how = {IN_STREAM_ORDER, {ON_HOST, 0}, {ON_DEVICE, c->device}, BESIDE_COMPUTE};
+    if (direction == UCM_FROM_DEVICE) {
+        how.source.type = ON_DEVICE;
+        how.source.id = c->device;
+        how.target.type = ON_HOST;
+        how.target.id = 0;
+    }
+    return c->batch(to, from, bytes, count, &how, &first, 1, stream);
+}
+
+static int copy(void *api, int direction, const ucm_device_row *rows, size_t count, void *stream)
+{
+    cuda *c = api;
+    int status = c->batch ? 0 : NOT_SUPPORTED;
+    for (size_t i = 0, some; i < count && !status; i += some) {
+        some = count - i < BATCH ? count - i : BATCH;
+        status = copy_batch(c, direction, rows + i, some, stream);
+    }
+    if (status != NOT_SUPPORTED)
+        return status;
+    /* Not on this device.  What was begun does no harm when it is done once more. */
+    c->batch = NULL;
+    status = 0;
+    for (size_t i = 0; i < count && !status; i++)
+        status = copy_one(c, direction, rows + i, stream);
+    return status;
 }
 
 static int make_event(void *api, void **event)

@@ -19,7 +19,8 @@ typedef struct {
     int (*host_free)(void *api, void *memory);
     int (*make_stream)(void *api, void **stream);
     int (*free_stream)(void *api, void *stream);
-    int (*copy)(void *api, int direction, const ucm_device_row *row, void *stream);
+    /* Begins copies, one or more and none of them empty. */
+    int (*copy)(void *api, int direction, const ucm_device_row *rows, size_t count, void *stream);
     int (*make_event)(void *api, void **event);
     int (*free_event)(void *api, void *event);
     int (*record)(void *api, void *event, void *stream);

@@ -97,11 +97,14 @@ static int free_stream(void *api, void *stream)
     return ((acl *)api)->destroy_stream(stream);
 }
 
-static int copy(void *api, int direction, const ucm_device_row *row, void *stream)
+static int copy(void *api, int direction, const ucm_device_row *rows, size_t count, void *stream)
 {
     const int kind = direction == UCM_TO_DEVICE ? TO_DEVICE : FROM_DEVICE;
-    return ((acl *)api)->copy((void *)(uintptr_t)row->to, row->bytes,
-                              (const void *)(uintptr_t)row->from, row->bytes, kind, stream);
+    int status = 0;
+    for (const ucm_device_row *row = rows; row < rows + count && !status; row++)
+        status = ((acl *)api)->copy((void *)(uintptr_t)row->to, row->bytes,
+                                    (const void *)(uintptr_t)row->from, row->bytes, kind, stream);
+    return status;
 }
 
 static int make_event(void *api, void **event)

@@ -21,6 +21,7 @@ static struct {
     int (*fail_at)(int n);
     int (*violations)(void);
     int (*alive)(void);
+    int *old; /* makes the driver one without batches; NULL where none has them */
 } standin;
 
 static void *function(void *handle, const char *name)
@@ -43,6 +44,7 @@ static void use(int kind, const char *library)
     *(void **)&standin.fail_at = function(handle, "standin_fail_at");
     *(void **)&standin.violations = function(handle, "standin_violations");
     *(void **)&standin.alive = function(handle, "standin_alive");
+    standin.old = dlsym(handle, "standin_has_no_batches");
 }
 
 static uint64_t at(const void *memory)
@@ -92,6 +94,42 @@ static void test_there_and_back(void)
     CHECK_OK(ucm_device_reached(mark));
     CHECK_OK(ucm_device_wait(mark, 0));
     expect(back, 7);
+    ucm_device_free_mark(mark);
+    CHECK_OK(ucm_device_host_free(device, host));
+    CHECK_OK(ucm_device_host_free(device, back));
+    ucm_device_close(device);
+}
+
+/* More copies than a driver is given at once, and empty ones among them. */
+static void test_many_copies(void)
+{
+    enum { COUNT = 700, EACH = 64 };
+    ucm_device *device = opened();
+    ucm_device_row rows[COUNT];
+    char *host, *back;
+    ucm_device_mark *mark;
+    CHECK_OK(ucm_device_host_alloc(device, COUNT * EACH, (void **)&host));
+    CHECK_OK(ucm_device_host_alloc(device, COUNT * EACH, (void **)&back));
+    for (int i = 0; i < COUNT * EACH; i++)
+        host[i] = (char)(i / EACH + i % EACH);
+    for (int direction = UCM_TO_DEVICE; direction <= UCM_FROM_DEVICE; direction++) {
+        for (size_t i = 0; i < COUNT; i++) {
+            const char *here = direction == UCM_TO_DEVICE ? host : back;
+            uint64_t there = at(standin.memory()) + i * EACH;
+            rows[i] = (ucm_device_row){there, at(here) + i * EACH, i % 100 == 99 ? 0 : EACH};
+            if (direction == UCM_FROM_DEVICE) {
+                rows[i].from = there;
+                rows[i].to = at(here) + i * EACH;
+            }
+        }
+        CHECK_OK(ucm_device_copy(device, direction, rows, COUNT));
+    }
+    memset(back, 0, COUNT * EACH);
+    CHECK_OK(ucm_device_set_mark(device, &mark));
+    CHECK(standin.run(ALL) == 2 * (COUNT - COUNT / 100) + 1);
+    CHECK_OK(ucm_device_reached(mark));
+    for (int i = 0; i < COUNT * EACH; i++)
+        CHECK(back[i] == (i / EACH % 100 == 99 ? 0 : (char)(i / EACH + i % EACH)));
     ucm_device_free_mark(mark);
     CHECK_OK(ucm_device_host_free(device, host));
     CHECK_OK(ucm_device_host_free(device, back));
@@ -288,6 +326,7 @@ int main(void)
     for (int i = 0; i < 2; i++) {
         use(UCM_DEVICE_CUDA + i, libraries[i]);
         test_there_and_back();
+        test_many_copies();
         test_order(NULL);
         test_order(standin.stream());
         test_events_are_freed();
@@ -297,6 +336,11 @@ int main(void)
         CHECK(standin.alive() == 1); /* the engine's stream */
         test_every_call_may_fail();
         CHECK(standin.violations() == 0);
+        if (standin.old) {
+            *standin.old = 1;
+            test_many_copies();
+            CHECK(standin.violations() == 0);
+        }
     }
     test_the_host_itself();
     return 0;

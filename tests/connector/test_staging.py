@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Engines whose KV is in a device's memory; the devices are stand-ins."""
+"""Engines whose KV is in a device's memory; the devices are stand-ins, and a GPU where one is."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import real_gpu
 from stand_in_device import ORDINAL, StandInDevice
 from ucm_sdk import KVLayout, KVStoreBase, Namespace, StoreContext, open_store
 from ucm_sdk._native.devices import Device
@@ -30,9 +31,16 @@ from ucm_sdk.types import Batch
 PROMPT = [*range(100, 160)]
 
 
-@pytest.fixture(params=["cuda", "npu"])
+STAND_INS = ["cuda", "npu"]
+
+
+@pytest.fixture(params=[*STAND_INS, *(["gpu"] if real_gpu.found() else [])])
 def standin(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StandInDevice]:
-    device = StandInDevice(request.param, tmp_path)
+    device: Any
+    if request.param == "gpu":
+        device = real_gpu.RealGpu()
+    else:
+        device = StandInDevice(request.param, tmp_path)
     yield device
     device.close()
     assert device.violations == 0
@@ -119,6 +127,7 @@ def test_a_load_comes_after_what_the_engine_does_before(
     later.join()
 
 
+@pytest.mark.parametrize("standin", STAND_INS, indirect=True)
 @pytest.mark.parametrize("load_mode", ["async", "layerwise"])
 def test_every_call_of_a_driver_may_fail(
     start: Callable[..., ScriptedEngine],
@@ -315,6 +324,7 @@ def test_memory_lives_as_long_as_a_device_uses_it(standin: StandInDevice, tmp_pa
     store.close()
 
 
+@pytest.mark.parametrize("standin", STAND_INS, indirect=True)
 @pytest.mark.parametrize("operation", ["load", "dump"])
 def test_what_a_device_did_not_copy_has_failed(
     standin: StandInDevice, tmp_path: Path, operation: str

@@ -197,9 +197,11 @@ def test_parallelism_that_is_not_served_is_refused(
         check_supported(config, kv_config())
 
 
-def test_a_gpu_is_refused(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(platforms.current_platform), "device_type", "cuda")
-    with pytest.raises(ConfigError, match=r"on cpu here, not on cuda.*start without"):
+def test_a_device_that_nobody_serves_is_refused(
+    config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(platforms.current_platform), "device_name", "rocm")
+    with pytest.raises(ConfigError, match=r"on cpu, cuda here, not on rocm.*start without"):
         check_supported(config, kv_config())
 
 
@@ -214,7 +216,7 @@ def test_a_store_that_processes_cannot_share_is_refused(config: Any) -> None:
 def test_memory_is_where_vllm_put_it(config: Any) -> None:
     layout = make_layout(config, kv_config())
     caches = {name: torch.zeros(5, 3, 32, 128) for name in reversed(NAMES)}
-    memory = make_memory(kv_config(), layout, caches, None)
+    memory = make_memory(config, kv_config(), layout, caches, None)
     assert layout.piece_bytes == (49152, 49152)
     addresses = memory.addresses([0, 4], slice(None))
     for row, block in enumerate((0, 4)):
@@ -225,7 +227,7 @@ def test_memory_is_where_vllm_put_it(config: Any) -> None:
 def test_kernel_blocks_that_are_parts_of_a_block_are_put_together(config: Any) -> None:
     layout = make_layout(config, kv_config())
     caches = {name: torch.zeros(10, 3, 16, 128) for name in NAMES}
-    memory = make_memory(kv_config(), layout, caches, None)
+    memory = make_memory(config, kv_config(), layout, caches, None)
     assert memory.addresses([3], slice(0, 1))[0, 0] == caches[NAMES[0]][6].data_ptr()
 
 
@@ -242,7 +244,7 @@ def test_kernel_blocks_that_are_parts_of_a_block_are_put_together(config: Any) -
 def test_memory_of_another_form_is_refused(config: Any, cache: torch.Tensor) -> None:
     layout = make_layout(config, kv_config())
     with pytest.raises(ConfigError, match="is not 5 pages of 49152 bytes"):
-        make_memory(kv_config(), layout, dict.fromkeys(NAMES, cache), None)
+        make_memory(config, kv_config(), layout, dict.fromkeys(NAMES, cache), None)
 
 
 def test_every_setting_that_changes_values_is_another_namespace(
@@ -264,6 +266,8 @@ def test_every_setting_that_changes_values_is_another_namespace(
         digest(engine_config(model_path, hf_overrides={"rms_norm_eps": 0.25})),
         digest(engine_config(model_path, hf_config_path=str(tmp_path))),
         digest(engine_config(model_path, load_format="dummy")),
+        digest(engine_config(model_path, kv_cache_dtype="fp8")),
+        digest(engine_config(model_path, kv_cache_dtype="fp8_e5m2")),
     ]
     assert len(set(digests)) == len(digests)
     assert digest(engine_config(model_path, max_num_seqs=2)) == digests[0]

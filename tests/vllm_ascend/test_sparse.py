@@ -13,7 +13,7 @@ import torch_npu
 
 from ascend_engine import BLOCK, AttendingEngine
 from ucm_sdk.errors import ConfigError
-from ucm_vllm_ascend.attention import LayerKeys
+from ucm_vllm.pages import DeviceKeys
 
 Start = Callable[..., AttendingEngine]
 BLOCKS = 10
@@ -111,7 +111,7 @@ def test_keys_that_came_from_the_store_are_summarised_too(start: Start) -> None:
 
 def test_keys_are_read_by_block_head_and_token() -> None:
     cache = torch.arange(5 * 4 * 2 * 3, dtype=torch.bfloat16).view(5, 4, 2, 3)
-    keys = LayerKeys(cache)
+    keys = DeviceKeys(cache)
     blocks = np.array([3, 1])
     found = keys.keys(blocks)
     assert found.dtype == np.float32
@@ -132,14 +132,6 @@ def test_keys_are_read_by_block_head_and_token() -> None:
         ({"position": {"method": "rerope"}}, {}, "position: works on vLLM's CPU"),
         ({"blend": {}}, {}, "blend"),
         ({"connector": {"load_mode": "layerwise"}}, {}, "load_mode='layerwise'.*use 'async'"),
-        (
-            sparse(),
-            {
-                "enforce_eager": False,
-                "compilation_config": {"mode": 3, "cudagraph_mode": "FULL_DECODE_ONLY"},
-            },
-            "full graph is replayed.*enforce-eager",
-        ),
     ],
 )
 def test_what_does_not_work_on_npus_is_refused(
@@ -147,6 +139,15 @@ def test_what_does_not_work_on_npus_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         start("attending", ucm, **options)
+
+
+@pytest.mark.parametrize("ucm", [sparse(), {}], ids=["sparse", "dense"])
+def test_attention_is_asked_in_every_step(start: Start, ucm: dict[str, Any]) -> None:
+    graphs = {"mode": 3, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    engine = start("attending", ucm, enforce_eager=False, compilation_config=graphs)
+    # A full graph would be replayed without.
+    full = engine.config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+    assert full == (not ucm)
 
 
 def test_sparse_attention_with_mla_is_refused(start: Start) -> None:

@@ -35,10 +35,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_BUFFER_BYTES: Final = 16 << 20
+_BUFFER_BYTES: Final = 32 << 20
 """Size of a buffer, unless one block is larger."""
-_BUFFERS: Final = 3
-"""Buffers of each direction: one is filled and one is emptied while one changes hands."""
+_BUFFERS: Final = 4
+"""Buffers of each direction: the store has several at a time, whose blocks its threads share."""
+_LEAST_BYTES: Final = 4 << 20
+"""A transfer is divided among the buffers, down to this much in each."""
 _POLL_S: Final = 0.001
 _HANGS_S: Final = 30.0
 """A device that needs longer for a buffer does not work any more."""
@@ -234,7 +236,8 @@ class _Lane:
         transfer = _StagedTransfer(batch, owners, writes=self._writes)
         count = len(batch.ids)
         each = int(aligned(transfer.rows["length"][:1].astype(np.uint64)).sum())
-        at_a_time = max(1, self._buffer_bytes // max(1, each))
+        share = max(-(-count // _BUFFERS), -(-_LEAST_BYTES // max(1, each)))
+        at_a_time = max(1, min(self._buffer_bytes // max(1, each), share))
         for first in range(0, count, at_a_time):
             self._queue.put(_Chunk(transfer, first, min(first + at_a_time, count)))
         if not count:

@@ -22,6 +22,7 @@ def register() -> None:
     from vllm.distributed.kv_transfer.kv_connector.factory import (
         KVConnectorFactory,
     )
+    from vllm.platforms import current_platform
 
     for name in _NAMES:
         if name not in KVConnectorFactory._registry:  # noqa: SLF001 - plugins may load twice
@@ -30,6 +31,10 @@ def register() -> None:
 
     attention.register()
     pool.register()
+    if current_platform.is_cuda():
+        from ucm_vllm import flash_attention
+
+        flash_attention.register()
 
 
 def __getattr__(name: str) -> object:

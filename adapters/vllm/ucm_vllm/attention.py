@@ -110,7 +110,7 @@ class SparseAttentionImpl(HookedAttentionImpl):
 
     def attend(self, call: _Call, metadata: CPUAttentionMetadata) -> torch.Tensor:
         """See ``HookedAttentionImpl``."""
-        if (sparse := _of_connector("sparse")) is not None:
+        if (sparse := of_connector("sparse")) is not None:
             name = call.layer.layer_name
             pages = self._pages_of(call.kv_cache)
             rows = functools.partial(_rows, name, call.kv_cache, metadata, sparse.block_tokens)
@@ -144,7 +144,7 @@ class PositionAttentionImpl(HookedAttentionImpl):
 
     def attend(self, call: _Call, metadata: CPUAttentionMetadata) -> torch.Tensor:
         """See ``HookedAttentionImpl``."""
-        position = _of_connector("position")
+        position = of_connector("position")
         rows = position.long_rows(metadata) if position is not None else []
         if not rows:
             return self.plain(call, metadata)
@@ -275,7 +275,7 @@ class StreamedAttentionImpl(CPUAttentionBackendImpl):
         """Write the step's keys and values once the layer has come."""
         name, metadata = layer.layer_name, get_forward_context().attn_metadata
         # vLLM warms up without any.
-        if isinstance(metadata, dict) and (stream := _of_connector("layers")) is not None:
+        if isinstance(metadata, dict) and (stream := of_connector("layers")) is not None:
             stream.enter(name, metadata[name])
         super().do_kv_cache_update(layer, *args, **kwargs)
 
@@ -284,13 +284,13 @@ class StreamedAttentionImpl(CPUAttentionBackendImpl):
         output = super().forward(layer, *args, **kwargs)
         if (
             get_forward_context().attn_metadata is not None
-            and (stream := _of_connector("layers")) is not None
+            and (stream := of_connector("layers")) is not None
         ):
             stream.leave(layer.layer_name)
         return output
 
 
-def _of_connector(name: str) -> Any:
+def of_connector(name: str) -> Any:
     """Return what the worker's connector has under ``name``; None while there is none."""
     return getattr(get_kv_transfer_group(), name, None) if has_kv_transfer_group() else None
 

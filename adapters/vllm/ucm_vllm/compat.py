@@ -9,18 +9,21 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Final, overload
 
 import vllm
+from vllm import envs
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from ucm_sdk.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
 
     from ucm_sdk.connector import UcmConfig
 
 TESTED: Final = ((0, 23), (0, 32))
-"""Versions that the tests run: the first with vLLM-Ascend, the second with vLLM's CPU backend."""
+"""Versions that the tests run: the first with vLLM-Ascend and on GPUs, the second with vLLM's CPU
+backend."""
 
 
 def check_version(version: str | None = None) -> str | None:
@@ -65,6 +68,38 @@ def check_features(config: VllmConfig, ucm: UcmConfig) -> None:
         if wanted:
             msg = f"{name}: vLLM {vllm.__version__} does not let a connector at its pool; use 0.32"
             raise ConfigError(msg)
+
+
+def gpu_pages(config: VllmConfig) -> tuple[str, tuple[int, ...]]:
+    """Return how a layer's KV of a block lies in a GPU's memory, as packing and as axes.
+
+    The axes are those of vLLM's tensor, from the slowest to the fastest.  Raises ``ConfigError``
+    where a block's KV of a layer is not in one place.
+    """
+    name = getattr(config.cache_config, "kv_cache_layout", None)
+    if name is None:
+        # A tensor is [blocks, K and V, tokens, heads, d]; a backend that wants another order than
+        # this is told by the axes.
+        if envs.VLLM_KV_CACHE_LAYOUT == "HND":
+            return "l|k=h.t.d|v=h.t.d", (0, 1, 3, 2, 4)
+        return "l|k=t.h.d|v=t.h.d", (0, 1, 2, 3, 4)
+    layout = config.cache_config.get_resolved_kv_cache_layout()
+    if not layout.is_block_compact:
+        msg = (
+            f"KV cache layout {name}: a block's KV of a layer is in many places; set "
+            "VLLM_KV_CACHE_LAYOUT=LBNHC"
+        )
+        raise ConfigError(msg)
+    # A tensor is [blocks, heads, tokens, K's elements and V's].
+    order = name.translate(str.maketrans("LHN", "lht", "BC"))
+    return f"{'.'.join(order)}|k=d|v=d", layout.layer_view_order
+
+
+def gpu_keys(kv_cache: torch.Tensor, head_size: int) -> torch.Tensor:
+    """Return a layer's keys as ``[blocks, tokens, heads, d]``; see ``gpu_pages``."""
+    if kv_cache.shape[-1] == head_size:
+        return kv_cache[:, 0]
+    return kv_cache[..., :head_size].transpose(1, 2)
 
 
 class BlockTables:

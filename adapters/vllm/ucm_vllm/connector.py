@@ -224,6 +224,11 @@ class UcmConnector(KVConnectorBase_V1):
             side.close()
 
     @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Whether attention must be asked in every step: a full graph is replayed without."""
+        return load_config(extra_config).sparse is not None
+
+    @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> UcmStats | None:
         """Rebuild metrics that were sent as plain values."""
         return UcmStats(data=data or {})

@@ -77,11 +77,31 @@ def make_layout(config: VllmConfig, kv_config: KVCacheConfig) -> KVLayout:
     )
 
 
+def quantised_kv(config: VllmConfig) -> str | None:
+    """Return how KV is rounded to bytes; None where its values have the element type's own.
+
+    Raises ``ConfigError`` for a way whose pages hold more than values, or whose scales nobody else
+    knows.
+    """
+    name = str(config.cache_config.cache_dtype)
+    if name in {"auto", "float32", "float16", "bfloat16"}:
+        return None
+    if getattr(config.cache_config, "calculate_kv_scales", False):
+        _refuse("calculate_kv_scales=True: every engine would come to scales of its own")
+    known = {"fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2"}
+    if name not in known:
+        _refuse(f"ucm_vllm serves kv_cache_dtype {', '.join(known)}, not {name}")
+    return known[name]
+
+
 def make_namespace(config: VllmConfig, kv_config: KVCacheConfig, ucm: UcmConfig) -> Namespace:
     """Return the identity of what this engine computes; the same in all of its processes."""
     spec = check_supported(config, kv_config)
     model = config.model_config
     extra: dict[str, Any] = {}
+    if (quantised := quantised_kv(config)) is not None:
+        # The element type is bytes, whatever they stand for.
+        extra["kv_cache_dtype"] = quantised
     if config.load_config.load_format == "dummy":
         extra["random_weights_seed"] = model.seed
     if model.hf_overrides or model.hf_config_path:
@@ -123,6 +143,7 @@ def open_shared_store(ucm: UcmConfig, context: StoreContext) -> KVStoreBase:
 
 
 def make_memory(
+    config: VllmConfig,
     kv_config: KVCacheConfig,
     layout: KVLayout,
     caches: dict[str, torch.Tensor | Sequence[torch.Tensor]],
@@ -130,6 +151,7 @@ def make_memory(
 ) -> KVMemory:
     """Return where the engine's pages lie, in the layout's order of pieces."""
     names = kv_config.kv_cache_groups[0].layer_names
+    axes = platform().page(config, check_supported(config, kv_config)).axes
     per_layer = len(layout.piece_bytes) // len(names)
     bases, strides = [], []
     for number, name in enumerate(names):
@@ -140,7 +162,7 @@ def make_memory(
             _refuse(f"KV of layer {name} is in {len(tensors)} tensors, not {per_layer}")
         for tensor, size in zip(tensors, sizes, strict=True):
             bases.append(tensor.data_ptr())
-            strides.append(_page_stride(tensor, size, kv_config.num_blocks, name))
+            strides.append(_page_stride(tensor, size, kv_config.num_blocks, name, axes))
     return KVMemory(
         np.array(bases, np.uint64),
         np.array(strides, np.uint64),
@@ -150,15 +172,23 @@ def make_memory(
     )
 
 
-def _page_stride(tensor: torch.Tensor, size: int, blocks: int, name: str) -> int:
+def _page_stride(
+    tensor: torch.Tensor, size: int, blocks: int, name: str, axes: tuple[int, ...] | None
+) -> int:
     """Return the bytes from a block's page to the next; refuses what is not whole pages."""
+    lies = tensor.permute(axes) if axes is not None and len(axes) == tensor.dim() else tensor
     # A kernel may see a block as several smaller ones.
     parts, rest = divmod(size, tensor[0].numel() * tensor.element_size())
-    whole = tensor[0].is_contiguous() and (parts <= 1 or tensor.is_contiguous())
+    whole = lies[0].is_contiguous() and (parts <= 1 or (tensor.is_contiguous() and axes is None))
     here = tensor.device.type == platform().tensors
     if rest or not parts or tensor.shape[0] != blocks * parts or not whole or not here:
         _refuse(
             f"KV of layer {name} has shape {tuple(tensor.shape)} and strides {tensor.stride()} "
             f"on {tensor.device}, which is not {blocks} pages of {size} bytes"
+            + (
+                f" with axes in the order {axes}; VLLM_KV_CACHE_LAYOUT may change it"
+                if axes
+                else ""
+            )
         )
     return int(tensor.stride(0)) * int(tensor.element_size()) * parts

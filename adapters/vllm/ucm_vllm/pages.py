@@ -1,25 +1,28 @@
 # SPDX-License-Identifier: MIT
-"""One layer's KV as vLLM's CPU kernels keep it: per head, K transposed and then V."""
+"""One layer's KV where an engine keeps it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ucm_sdk.position.paged import Pages, supports
 from ucm_sdk.sparse import KeyMemory
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 TRANSPOSED_KEYS = ("vec", "vec16", "neon")
-"""Instruction sets whose pages are like this."""
+"""Instruction sets whose pages are like ``LayerPages``."""
 
 
 class LayerPages:
-    """A cache ``[pages, H, B, 2 d]`` where it lies; nothing is copied unless it says so."""
+    """A cache ``[pages, H, B, 2 d]`` of vLLM's CPU kernels: per head, K transposed and then V.
+
+    Nothing is copied unless it says so.
+    """
 
     def __init__(self, kv_cache: torch.Tensor) -> None:
         """Look at ``kv_cache``."""
@@ -61,3 +64,22 @@ class LayerPages:
         keys = self._keys[blocks].permute(1, 2, 0, 3).flatten(2)
         values = self._values[blocks].permute(1, 0, 2, 3).flatten(1, 2)
         return keys[:, :, :tokens].transpose(1, 2).float(), values[:, :tokens].float()
+
+
+class DeviceKeys:
+    """One layer's keys ``[blocks, B, H, d]`` on the device."""
+
+    def __init__(self, keys: torch.Tensor) -> None:
+        """Look at ``keys``."""
+        self._keys = keys
+
+    def keys(self, blocks: NDArray[np.int64]) -> NDArray[Any]:
+        """Return a copy ``[n, H, B, d]`` of some blocks' keys, float32."""
+        some = self._keys[torch.from_numpy(blocks).to(self._keys.device)]
+        found: NDArray[Any] = some.float().cpu().numpy().swapaxes(1, 2)
+        return found
+
+    def pages_of(self, blocks: NDArray[np.int32]) -> tuple[KeyMemory, NDArray[np.int32]]:
+        """Return copies of just these blocks' keys, and their places in them."""
+        copies = self.keys(blocks.astype(np.int64))
+        return KeyMemory(copies), np.arange(len(blocks), dtype=np.int32)

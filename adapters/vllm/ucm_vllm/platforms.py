@@ -6,17 +6,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+import torch
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
-from ucm_sdk.connector import join_team
+from ucm_sdk.connector import EngineDevice, join_team
 from ucm_sdk.errors import ConfigError
+from ucm_vllm import compat
 from ucm_vllm.pool import ManagedSpec, StreamedSpec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from ucm_sdk.connector import EngineDevice, UcmConfig
+    from ucm_sdk.connector import SparseConfig, UcmConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,9 @@ class PageParts:
     """Elements of a key of one head."""
     value_size: int | None = None
     """Elements of a value of one head, when it has others than a key."""
+    axes: tuple[int, ...] | None = None
+    """A tensor's axes from the slowest to the fastest in memory, where a kernel's block must be
+    vLLM's; None for a tensor that lies in memory as it is written, in blocks of any kernel's."""
 
 
 class Platform(Protocol):
@@ -93,21 +98,74 @@ class CpuPlatform:
         return None
 
 
-_PLATFORMS: dict[str, Platform] = {"cpu": CpuPlatform()}
+class CudaPlatform:
+    """vLLM on NVIDIA's GPUs."""
+
+    tensors: ClassVar[str] = "cuda"
+    specs: ClassVar[frozenset[type]] = frozenset({FullAttentionSpec})
+
+    def page(self, config: VllmConfig, spec: FullAttentionSpec) -> PageParts:
+        """See ``Platform``.  All attention backends keep full attention's KV in one way."""
+        packing, axes = compat.gpu_pages(config)
+        value_size = spec.head_size_v if spec.head_size_v != spec.head_size else None
+        sizes = (spec.real_page_size_bytes,)
+        return PageParts(sizes, packing, spec.head_size, value_size, axes)
+
+    def check(self, config: VllmConfig, ucm: UcmConfig) -> None:
+        """See ``Platform``."""
+        refuse_parts(ucm, "GPUs", "prefill_offload", "position", "blend")
+        if ucm.sparse is not None:
+            from ucm_vllm import flash_attention
+
+            refuse_sparse(config, ucm.sparse, "GPUs")
+            flash_attention.check()
+
+    def take_thread(self) -> EngineDevice:
+        """See ``Platform``."""
+        ordinal = torch.cuda.current_device()
+        return EngineDevice.open(
+            "cuda", ordinal, lambda: torch.cuda.current_stream(ordinal).cuda_stream
+        )
 
 
-def register(device_type: str, platform: Platform) -> None:
-    """Let vLLM's platform of this ``device_type`` be served; a process may do it twice."""
-    _PLATFORMS[device_type] = platform
+def refuse_parts(ucm: UcmConfig, devices: str, *parts: str) -> None:
+    """Refuse parts of a configuration that ``devices`` cannot do; raises ``ConfigError``."""
+    for name in parts:
+        if getattr(ucm, name) is not None:
+            msg = f"{name}: works on vLLM's CPU backend only so far; leave it out on {devices}"
+            raise ConfigError(msg)
+    if ucm.connector.load_mode == "layerwise":
+        # Attention does not wait in steps that only decode, a graph's in none.
+        msg = f"connector.load_mode='layerwise': not every layer waits on {devices}; use 'async'"
+        raise ConfigError(msg)
+
+
+def refuse_sparse(config: VllmConfig, sparse: SparseConfig, devices: str) -> None:
+    """Refuse what sparse attention cannot do on ``devices``; raises ``ConfigError``."""
+    if sparse.offload:
+        msg = "sparse.offload=true: works on vLLM's CPU backend only so far; set it to false"
+        raise ConfigError(msg)
+    if config.model_config.use_mla:
+        msg = f"sparse: works with full attention on {devices}, not with MLA; leave it out"
+        raise ConfigError(msg)
+
+
+_PLATFORMS: dict[str, Platform] = {"cpu": CpuPlatform(), "cuda": CudaPlatform()}
+
+
+def register(name: str, platform: Platform) -> None:
+    """Let vLLM's platform of this ``device_name`` be served; a process may do it twice."""
+    _PLATFORMS[name] = platform
 
 
 def platform() -> Platform:
     """Return what serves vLLM's platform; raises ``ConfigError`` for one that nobody does."""
-    found = _PLATFORMS.get(current_platform.device_type)
+    # AMD's GPUs have the same device_type as NVIDIA's.
+    found = _PLATFORMS.get(current_platform.device_name)
     if found is None:
         msg = (
             f"ucm_vllm serves vLLM on {', '.join(sorted(_PLATFORMS))} here, not on "
-            f"{current_platform.device_type} ({current_platform.device_name}): start without "
+            f"{current_platform.device_name} ({current_platform.device_type}): start without "
             "kv_connector=UcmConnector; for NPUs the plugin 'ucm_ascend' must be loaded (see "
             "VLLM_PLUGINS)"
         )

@@ -90,7 +90,7 @@ class VllmWorker:
     def register(self, caches: dict[str, torch.Tensor | Sequence[torch.Tensor]]) -> None:
         """Take the KV memory that vLLM has allocated; the thread that does runs the model."""
         device = platform().take_thread()
-        memory = make_memory(self._kv_config, self._context.layout, caches, device)
+        memory = make_memory(self._config, self._kv_config, self._context.layout, caches, device)
         if self._device_layers:
             self.layers = VllmLayers(
                 self._context.layout,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from vllm.config import VllmConfig, get_current_vllm_config_or_none
+from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm_ascend.attention.attention_v1 import (
     AscendAttentionBackend,
@@ -24,8 +24,8 @@ from vllm_ascend.attention.attention_v1 import (
 )
 
 from ucm_sdk.errors import ConfigError
-from ucm_sdk.sparse import KeyMemory
 from ucm_vllm.attention import ucm_config
+from ucm_vllm.pages import DeviceKeys
 from ucm_vllm.sparse import BatchRows
 
 if TYPE_CHECKING:
@@ -33,29 +33,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ucm_sdk.connector import SparseConfig
-
 _PAGED = frozenset({AscendAttentionState.DecodeOnly, AscendAttentionState.ChunkedPrefill})
 """Steps whose rows that decode read their KV by block tables."""
-
-
-class LayerKeys:
-    """One layer's keys ``[blocks, B, H, d]`` on the device."""
-
-    def __init__(self, keys: torch.Tensor) -> None:
-        """Look at ``keys``."""
-        self._keys = keys
-
-    def keys(self, blocks: NDArray[np.int64]) -> NDArray[Any]:
-        """Return a copy ``[n, H, B, d]`` of some blocks' keys, float32."""
-        some = self._keys[torch.from_numpy(blocks).to(self._keys.device)]
-        found: NDArray[Any] = some.float().cpu().numpy().swapaxes(1, 2)
-        return found
-
-    def pages_of(self, blocks: NDArray[np.int32]) -> tuple[KeyMemory, NDArray[np.int32]]:
-        """Return copies of just these blocks' keys, and their places in them."""
-        copies = self.keys(blocks.astype(np.int64))
-        return KeyMemory(copies), np.arange(len(blocks), dtype=np.int32)
 
 
 class SparseAscendImpl(AscendAttentionBackendImpl):
@@ -92,7 +71,7 @@ class SparseAscendImpl(AscendAttentionBackendImpl):
                 f"{self.key_cache.shape[1]}"
             )
             raise ConfigError(msg)
-        keys, rows = LayerKeys(self.key_cache), functools.partial(_rows, metadata)
+        keys, rows = DeviceKeys(self.key_cache), functools.partial(_rows, metadata)
         found = sparse.choose(self._ucm_layer, query, keys, metadata, rows)
         if found is None or metadata.attn_state not in _PAGED:
             return metadata
@@ -137,20 +116,8 @@ def get_impl_cls() -> type[AscendAttentionBackendImpl]:
     return SparseAscendImpl if _Seam.built else theirs
 
 
-def check(config: VllmConfig, sparse: SparseConfig) -> None:
-    """Refuse what sparse attention cannot do here; raises ``ConfigError``."""
-    if sparse.offload:
-        msg = "sparse.offload=true: works on vLLM's CPU backend only so far; set it to false"
-        raise ConfigError(msg)
-    if config.model_config.use_mla:
-        msg = "sparse: works with full attention on NPUs, not with MLA; leave it out"
-        raise ConfigError(msg)
-    if config.compilation_config.cudagraph_mode.has_full_cudagraphs():
-        msg = (
-            "sparse: a full graph is replayed without asking what to attend to; start vLLM with "
-            "--enforce-eager or cudagraph_mode=PIECEWISE"
-        )
-        raise ConfigError(msg)
+def check() -> None:
+    """Refuse an engine that was built without ours; raises ``ConfigError``."""
     if not _Seam.built:
         msg = (
             "sparse: vLLM-Ascend has built its attention without ucm_vllm_ascend's; the plugin "

@@ -18,7 +18,7 @@ from vllm_ascend.utils import get_ascend_device_type
 
 from ucm_sdk.connector import EngineDevice
 from ucm_sdk.errors import ConfigError
-from ucm_vllm.platforms import PageParts
+from ucm_vllm.platforms import PageParts, refuse_parts, refuse_sparse
 from ucm_vllm_ascend import attention, compat
 
 if TYPE_CHECKING:
@@ -78,16 +78,10 @@ class AscendPlatform:
         """See ``ucm_vllm.platforms.Platform``."""
         if (warning := compat.check_version()) is not None:
             logger.warning(warning)
-        for name in ("prefill_offload", "position", "blend"):
-            if getattr(ucm, name) is not None:
-                msg = f"{name}: works on vLLM's CPU backend only so far; leave it out on NPUs"
-                raise ConfigError(msg)
-        if ucm.connector.load_mode == "layerwise":
-            # Its attention does not wait in steps that only decode, a graph's in none.
-            msg = "connector.load_mode='layerwise': not every layer waits on NPUs; use 'async'"
-            raise ConfigError(msg)
+        refuse_parts(ucm, "NPUs", "prefill_offload", "position", "blend")
         if ucm.sparse is not None:
-            attention.check(config, ucm.sparse)
+            refuse_sparse(config, ucm.sparse, "NPUs")
+            attention.check()
 
     def take_thread(self) -> EngineDevice:
         """See ``ucm_vllm.platforms.Platform``."""
