@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Protocol, final
+from typing import TYPE_CHECKING, Any, Protocol, final, runtime_checkable
 
 import numpy as np
 
@@ -36,6 +36,14 @@ class Transfer(Protocol):
 
     def elapsed_s(self) -> float:
         """Return the seconds that the transfer took, once it is done."""
+
+
+@runtime_checkable
+class Releasing(Protocol):
+    """A transfer that can be done with the caller's memory before it has ended."""
+
+    def release(self, deadline: float) -> bool:
+        """See ``Task.release``."""
 
 
 class ThreadTransfer:
@@ -121,6 +129,19 @@ class Task:
         """
         self._cancelled = True
         self._transfer.cancel()
+
+    def release(self, deadline: float) -> bool:
+        """Let the caller use its memory again; returns whether it may, from now on.
+
+        Most transfers are waited for until ``deadline`` on the monotonic clock.  A dump by way of
+        other memory takes no more blocks of the caller's, whose status is ``CANCELLED`` then, and
+        goes on with those that it has taken.
+        """
+        if isinstance(self._transfer, Releasing):
+            return self._transfer.release(deadline)
+        if not self._cancelled:
+            self._transfer.wait(max(0.0, deadline - time.monotonic()))
+        return self.done()
 
     def finish(self, deadline: float) -> None:
         """Wait until ``deadline`` on the monotonic clock, unless cancelled before; then cancel."""

@@ -13,16 +13,14 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 
 from ucm_sdk._native.devices import Device, Mark, aligned
-from ucm_sdk.availability import CallThread
 from ucm_sdk.connector.memory import EngineDevice
-from ucm_sdk.connector.plans import Observed
 from ucm_sdk.connector.transfers import PartTransfer
 from ucm_sdk.errors import Status, UcmError
 from ucm_sdk.tasks import Task
@@ -52,16 +50,20 @@ class _StagedTransfer(PartTransfer):
     def __init__(self, batch: Batch, owners: object, *, writes: bool) -> None:
         super().__init__(len(batch.ids))
         self.owners = owners
+        self._released = False
         self._writes = writes
         self.ids = batch.ids
         self.rows = batch.rows.reshape(len(batch.ids), -1)
-        self._left = len(batch.ids)
+        self._left = self._to_copy = len(batch.ids)
         self._marks: deque[Mark] = deque(maxlen=_BUFFERS)
         """Of all copies that may be under way: each has a buffer."""
 
-    def began(self, mark: Mark) -> None:
-        """Note the end of a copy that has begun, while ``cancel`` is held off."""
+    def began(self, mark: Mark, blocks: int) -> None:
+        """Note the end of a copy of blocks that has begun, while ``cancel`` is held off."""
         self._marks.append(mark)
+        with self._condition:
+            self._to_copy -= blocks
+            self._condition.notify_all()
 
     def settle(self, first: int, statuses: NDArray[np.int32]) -> None:
         """Note how some blocks ended, from ``first`` on."""
@@ -70,21 +72,42 @@ class _StagedTransfer(PartTransfer):
         if not self._left:
             self.end(Status.OK)
 
+    @property
+    def over(self) -> bool:
+        """Whether no copy may begin any more."""
+        return self.cancelled or self._released
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[bool]:
+        """Hold off ``cancel`` and ``release`` while a copy begins, unless it must not."""
+        with self._write_lock:
+            yield not self.over
+
+    def release(self, deadline: float) -> bool:
+        """See ``Task.release``: what has been copied by ``deadline`` is stored."""
+        left_s = max(0.0, deadline - time.monotonic())
+        with self._condition:
+            self._condition.wait_for(lambda: self._ended or not self._to_copy, left_s)
+        with self._write_lock:
+            self._released = True
+        return self._copied(deadline)
+
     def cancel(self) -> None:
         """Stop; what the device has begun to write is waited for.
 
         What it reads goes to a buffer and no further.
         """
         super().cancel()
-        deadline = time.monotonic() + _HANGS_S
-        for mark in tuple(self._marks) if self._writes else ():
-            try:
-                reached = mark.wait(max(0.0, deadline - time.monotonic()))
-            except UcmError:
-                reached = False
-            if not reached:
-                logger.error("a device hangs; KV that was given up may be written later")
-                return
+        if self._writes and not self._copied(time.monotonic() + _HANGS_S):
+            logger.error("a device hangs; KV that was given up may be written later")
+
+    def _copied(self, deadline: float) -> bool:
+        """Wait for the copies that have begun; returns whether they have ended by ``deadline``."""
+        with contextlib.suppress(UcmError):
+            return all(
+                mark.wait(max(0.0, deadline - time.monotonic())) for mark in tuple(self._marks)
+            )
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,9 +294,9 @@ class _Lane:
         return chunk
 
     def _begin(self, chunk: _Chunk) -> _UnderWay | None:
-        if chunk.transfer.cancelled or not self._free:
+        if chunk.transfer.over or not self._free:
             # Without buffers a device has failed that often that nothing can be said of any.
-            status = Status.CANCELLED if chunk.transfer.cancelled else Status.IO
+            status = Status.CANCELLED if chunk.transfer.over else Status.IO
             chunk.transfer.settle(chunk.first, chunk.ended(status))
             return None
         nothing = _Ended(chunk.ended(Status.OK))
@@ -386,41 +409,5 @@ class Staging:
                 statuses = chunk.ended(Status.IO)
             # Also after an error: some copies may have begun.
             mark = device.mark()
-            chunk.transfer.began(mark)
+            chunk.transfer.began(mark, chunk.end - chunk.first)
         return _AtDevice(mark, statuses)
-
-
-class StepClock:
-    """How long steps take on a device, to which an engine gives work without waiting for it."""
-
-    def __init__(self, device: EngineDevice) -> None:
-        """Watch a device."""
-        self._device = device
-        self._thread = CallThread("ucm-step-clock")
-        self._ended = 0.0
-        self._found: deque[Observed] = deque()
-
-    def ends(self, began: float, tokens: int, pairs: int) -> None:
-        """Note that the engine has given its device all of a step that began then."""
-        with contextlib.suppress(UcmError):
-            self._device.saves.after(self._device.stream())
-            mark = self._device.saves.mark()
-            self._thread.submit(lambda: self._watch(mark, began, tokens, pairs))
-
-    def take(self) -> Observed:
-        """Return the steps that have ended since the last call."""
-        total = Observed()
-        while self._found:
-            total.add(self._found.popleft())
-        return total
-
-    def close(self) -> None:
-        """End the thread, or leave it behind where a device hangs."""
-        self._thread.close(0.0)
-
-    def _watch(self, mark: Mark, began: float, tokens: int, pairs: int) -> None:
-        if mark.wait(_HANGS_S):
-            now = time.monotonic()
-            # A step may be planned while the one before computes.
-            self._found.append(Observed(tokens, now - max(began, self._ended), pairs))
-            self._ended = now

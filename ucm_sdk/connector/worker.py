@@ -29,7 +29,9 @@ from ucm_sdk.connector.plans import (
     StepResult,
     joined,
 )
-from ucm_sdk.connector.staging import Staging, StepClock
+from ucm_sdk.connector.staging import Staging
+from ucm_sdk.connector.step_clock import StepClock
+from ucm_sdk.connector.waiting import WaitingBudget
 from ucm_sdk.errors import STORE_ERRORS, ArgumentError, Status, UcmError
 from ucm_sdk.types import Batch
 
@@ -140,21 +142,28 @@ class WorkerSide:
         self._free_at = {"load": 0.0, "dump": 0.0}
         """When the last transfer that has been seen to end had ended."""
         self._step_began = 0.0
+        self._reuse = WaitingBudget(options.reuse_timeout_s)
 
     def begin_step(self, plan: StepPlan) -> None:
         """End the saves whose memory this step overwrites, and say what is loaded soon."""
-        deadline = time.monotonic() + self._options.reuse_timeout_s
-        for serial in plan.reused:
-            save = self._saves.pop(serial, None)
-            if save is None:
-                continue
-            for task in save.tasks:
-                _wait(task, deadline)
-            self._settle_save(serial, save, reason="memory_reused")
+        if plan.reused:
+            self._release(plan.reused)
         if plan.prefetch:
             with contextlib.suppress(UcmError):
                 self._store.prefetch(plan.prefetch)
         self._step_began = time.monotonic()
+
+    def _release(self, serials: Sequence[int]) -> None:
+        """Let the engine have the memory of saves; what is not taken from it by then is dropped."""
+        with self._reuse.waiting() as deadline:
+            for serial in serials:
+                save = self._saves.get(serial)
+                if save is None:
+                    continue
+                released = [task.release(deadline) for task in save.tasks]
+                if not all(released) or all(task.done() for task in save.tasks):
+                    del self._saves[serial]
+                    self._settle_save(serial, save, reason="memory_reused")
 
     def start_loads(self, plan: StepPlan) -> None:
         """Start the loads of this step."""
@@ -379,13 +388,13 @@ class WorkerSide:
             self._result.report.failed_saves.add(serial)
             self._recorder.count(telemetry.DROPPED_SAVES, save.blocks, labels=(reason,))
             return
-        failed = np.zeros(save.blocks, np.bool_)
-        for task in save.tasks:
-            statuses = task.statuses
-            failed |= statuses != Status.OK
-            if failed.any():
-                self._log("dump", Status(int(statuses.min())).label)
-        self._recorder.count(telemetry.DROPPED_SAVES, int(failed.sum()), labels=("failed",))
+        worst = np.minimum.reduce([np.zeros(save.blocks, int), *(t.statuses for t in save.tasks)])
+        # Nobody but `_release` cancels blocks of a save that ends.
+        failed, released = worst != Status.OK, worst == Status.CANCELLED
+        if (failed & ~released).any():
+            self._log("dump", Status(int(worst[failed & ~released].min())).label)
+        for why, some in ("failed", failed & ~released), ("memory_reused", released):
+            self._recorder.count(telemetry.DROPPED_SAVES, int(some.sum()), labels=(why,))
         if failed.any() or not save.tasks:
             self._result.report.failed_saves.add(serial)
         else:

@@ -176,19 +176,20 @@ def _page_stride(
     tensor: torch.Tensor, size: int, blocks: int, name: str, axes: tuple[int, ...] | None
 ) -> int:
     """Return the bytes from a block's page to the next; refuses what is not whole pages."""
-    lies = tensor.permute(axes) if axes is not None and len(axes) == tensor.dim() else tensor
-    # A kernel may see a block as several smaller ones.
     parts, rest = divmod(size, tensor[0].numel() * tensor.element_size())
-    whole = lies[0].is_contiguous() and (parts <= 1 or (tensor.is_contiguous() and axes is None))
+    if axes is not None:
+        whole = len(axes) == tensor.dim() and tensor.permute(axes)[0].is_contiguous()
+        whole = whole and parts == 1
+    else:
+        # A kernel may see a block as several smaller ones.
+        whole = tensor[0].is_contiguous() and (parts <= 1 or tensor.is_contiguous())
     here = tensor.device.type == platform().tensors
     if rest or not parts or tensor.shape[0] != blocks * parts or not whole or not here:
+        order = (
+            f" with axes in the order {axes}; VLLM_KV_CACHE_LAYOUT may change it" if axes else ""
+        )
         _refuse(
             f"KV of layer {name} has shape {tuple(tensor.shape)} and strides {tensor.stride()} "
-            f"on {tensor.device}, which is not {blocks} pages of {size} bytes"
-            + (
-                f" with axes in the order {axes}; VLLM_KV_CACHE_LAYOUT may change it"
-                if axes
-                else ""
-            )
+            f"on {tensor.device}, which is not {blocks} pages of {size} bytes{order}"
         )
     return int(tensor.stride(0)) * int(tensor.element_size()) * parts

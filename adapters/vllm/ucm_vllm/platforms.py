@@ -106,6 +106,13 @@ class CudaPlatform:
 
     def page(self, config: VllmConfig, spec: FullAttentionSpec) -> PageParts:
         """See ``Platform``.  All attention backends keep full attention's KV in one way."""
+        for name in ("num_head_slots", "state_content_bytes"):
+            if getattr(spec, name, None) is not None:
+                msg = (
+                    f"{name}={getattr(spec, name)}: this attention backend keeps KV in a way of "
+                    "its own; start vLLM with --attention-backend FLASH_ATTN"
+                )
+                raise ConfigError(msg)
         packing, axes = compat.gpu_pages(config)
         value_size = spec.head_size_v if spec.head_size_v != spec.head_size else None
         sizes = (spec.real_page_size_bytes,)
