@@ -206,7 +206,7 @@ LABEL_VALUES: Final[dict[tuple[str, str], dict[str, str]]] = {
         "error": "the store refused the dump for another reason",
         "failed": "the dump failed, see `ucm_transfer_blocks_total`",
         "timeout": "not finished within `save_timeout_s`",
-        "memory_reused": "not finished within `reuse_timeout_s` of the engine needing the memory",
+        "memory_reused": "not taken from memory that the engine needs, see `reuse_timeout_s`",
     },
 }
 """What each label may be; a label without an entry stops the script."""

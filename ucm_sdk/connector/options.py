@@ -41,7 +41,8 @@ class ConnectorOptions(config.Strict):
     save_timeout_s: float = pydantic.Field(default=30.0, gt=0)
     """A save that takes longer is given up; its blocks stay unknown."""
     reuse_timeout_s: float = pydantic.Field(default=1.0, ge=0)
-    """How long a step waits for a save whose memory the engine reuses, before it is given up."""
+    """How long steps wait for saves whose memory the engine reuses, before these are given up; they
+    get it back at a fiftieth of the time that goes by."""
     remote_prefill_timeout_s: float = pydantic.Field(default=2.0, ge=0)
     """How long a request whose prompt another engine has just computed waits for its blocks; then
     what is missing is computed."""

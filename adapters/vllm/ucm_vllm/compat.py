@@ -22,23 +22,29 @@ if TYPE_CHECKING:
     from ucm_sdk.connector import UcmConfig
 
 TESTED: Final = ((0, 23), (0, 32))
-"""Versions that the tests run: the first with vLLM-Ascend and on GPUs, the second with vLLM's CPU
-backend."""
+"""Versions that the tests run: the first with vLLM-Ascend, the second with vLLM's CPU backend."""
+ON_GPUS: Final = ((0, 23),)
+"""Versions that ran on a GPU."""
 
 
-def check_version(version: str | None = None) -> str | None:
-    """Refuse a vLLM that is too old; returns a warning for one that was not tested, else None."""
+def check_version(
+    version: str | None = None, *, ran: Sequence[tuple[int, int]] = TESTED, where: str = ""
+) -> str | None:
+    """Refuse a vLLM that is too old; returns a warning for one that was not tested, else None.
+
+    ``ran`` are those that were, ``where`` says on what.
+    """
     text = vllm.__version__ if version is None else version
     match = re.match(r"(\d+)\.(\d+)", text)
-    tested = " and ".join(f"{major}.{minor}" for major, minor in TESTED)
+    tested = " and ".join(f"{major}.{minor}" for major, minor in ran)
     if match is None:
         return f"vLLM {text}: unknown version; tested are {tested}"
     found = (int(match[1]), int(match[2]))
     if found < TESTED[0]:
         msg = f"vLLM {text} is too old for ucm_vllm: use {tested.split()[0]} or later"
         raise ConfigError(msg)
-    if found not in TESTED:
-        return f"vLLM {text} was not tested; tested are {tested}"
+    if found not in ran:
+        return f"vLLM {text} was not tested{where}; tested are {tested}"
     return None
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from ucm_sdk.connector import SparseConfig, UcmConfig
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,8 @@ class CudaPlatform:
 
     def check(self, config: VllmConfig, ucm: UcmConfig) -> None:
         """See ``Platform``."""
+        if (warning := compat.check_version(ran=compat.ON_GPUS, where=" on GPUs")) is not None:
+            logger.warning(warning)
         refuse_parts(ucm, "GPUs", "prefill_offload", "position", "blend")
         if ucm.sparse is not None:
             from ucm_vllm import flash_attention
