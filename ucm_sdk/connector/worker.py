@@ -146,8 +146,7 @@ class WorkerSide:
 
     def begin_step(self, plan: StepPlan) -> None:
         """End the saves whose memory this step overwrites, and say what is loaded soon."""
-        if plan.reused:
-            self._release(plan.reused)
+        self._release(plan.reused)
         if plan.prefetch:
             with contextlib.suppress(UcmError):
                 self._store.prefetch(plan.prefetch)
@@ -383,7 +382,8 @@ class WorkerSide:
         self._ended_save(serial)
         late = [task for task in save.tasks if not task.done()]
         for task in late:
-            self._give_up(task, "dump")
+            # Slower than the engine is not yet hung.
+            self._give_up(task, "dump", hung=reason == "timeout")
         if late:
             self._result.report.failed_saves.add(serial)
             self._recorder.count(telemetry.DROPPED_SAVES, save.blocks, labels=(reason,))
@@ -415,11 +415,12 @@ class WorkerSide:
         self._free_at[operation] = max(ended, began)
         return max(0.0, ended - began)
 
-    def _give_up(self, task: Task, operation: str) -> None:
+    def _give_up(self, task: Task, operation: str, *, hung: bool = True) -> None:
         task.cancel()
-        self._recorder.count(telemetry.TIMEOUTS, labels=(operation,))
-        self._result.report.timeouts += 1
-        self._log(operation, "the store did not answer in time")
+        if hung:
+            self._recorder.count(telemetry.TIMEOUTS, labels=(operation,))
+            self._result.report.timeouts += 1
+            self._log(operation, "the store did not answer in time")
 
     def _wait_a_little(self) -> None:
         tasks = [part.task for load in self._loads for part in load.parts]

@@ -259,13 +259,15 @@ class ConnectorSuite:
         self, start: StartEngine, config: dict[str, Any]
     ) -> None:
         # The delay outlasts the requests, so that every save meets memory of another request.
-        options = {**config["connector"], "reuse_timeout_s": 0.01, "save_timeout_s": 2}
+        options = {**config["connector"], "reuse_timeout_s": 0.01, "save_timeout_s": 20}
         slow = self.faulty({**config, "connector": options}, dump_delay_s=0.3)
         engine = start(slow, blocks=24)
         size = engine.block_tokens
         prompts = {f"r{i}": prompt_of(4 * size, seed=i) for i in range(6)}
         self.check(engine, prompts, 2 * size)
         assert engine.metrics.counters["ucm_dropped_save_blocks|memory_reused"] > 0
+        # A store that is slow is asked on.
+        assert not engine.metrics.counters.get("ucm_timeouts|dump")
         engine.close()
         engine = start(config)
         self.check(engine, {f"again-{id}": prompt for id, prompt in prompts.items()}, 2 * size)
