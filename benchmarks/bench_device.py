@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Copies between a store and a GPU's memory, beside what the same bus does.
 
-``python benchmarks/bench_device.py [--rounds N] [--directory DIR]`` needs an NVIDIA GPU and PyTorch
-for it.  Blocks of a 36-layer model with 8 KV heads of 128 in bf16 lie in memory as vLLM has it, one
-tensor a layer, and go to a store and come back.  In the same run and in turn:
+``python benchmarks/bench_device.py [--rounds N] [--directory DIR] [--io-threads N]`` needs an
+NVIDIA GPU and PyTorch for it.  Blocks of a 36-layer model with 8 KV heads of 128 in bf16 lie in
+memory as vLLM has it, one tensor a layer, and go to a store and come back.  In the same run and in
+turn:
 
 - one copy of all bytes between pinned memory and the GPU: the limit;
 - the device layer's copies of the blocks' pieces, and nothing else;

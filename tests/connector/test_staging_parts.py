@@ -16,6 +16,7 @@ from staged import LAYOUT, STAND_INS, batch_of, opened, slow
 from stand_in_device import ORDINAL, StandInDevice
 from ucm_sdk._native.devices import Device
 from ucm_sdk.connector.landing import whole_groups
+from ucm_sdk.connector.staging import Staging
 from ucm_sdk.connector.step_clock import StepClock
 from ucm_sdk.connector.waiting import SHARE, WaitingBudget
 from ucm_sdk.errors import (
@@ -26,128 +27,121 @@ from ucm_sdk.errors import (
     UnsupportedError,
 )
 from ucm_sdk.recut import chunks
+from ucm_sdk.tasks import Task
 from ucm_sdk.types import Batch
 
 
 def test_what_is_saved_is_what_the_engine_had_computed_then(
     standin: StandInDevice, tmp_path: Path
 ) -> None:
-    store, staging = opened(standin, tmp_path)
-    memory = standin.allocate(8 * 768)
-    standin.hang()
-    # The engine's stream has this to do when the save is asked for.
-    standin.fill(memory, 7)
-    saving = staging.dump(batch_of(memory, 8), owners=memory)
-    assert not saving.done()
-    # Time to give the copy to its stream, which goes first where it may.
-    time.sleep(0.05)
-    standin.go_on()
-    saving.wait(10)
-    memory[:] = 0
-    staging.load(batch_of(memory, 8), owners=memory).wait(10)
-    assert (memory == 7).all()
-    assert staging.close(10)
-    store.close()
+    with opened(standin, tmp_path) as (_, staging):
+        memory = standin.allocate(8 * 768)
+        standin.hang()
+        # The engine's stream has this to do when the save is asked for.
+        standin.fill(memory, 7)
+        saving = staging.dump(batch_of(memory, 8), owners=memory)
+        assert not saving.done()
+        # Time to give the copy to its stream, which goes first where it may.
+        time.sleep(0.05)
+        standin.go_on()
+        saving.wait(10)
+        memory[:] = 0
+        staging.load(batch_of(memory, 8), owners=memory).wait(10)
+        assert (memory == 7).all()
 
 
 def test_after_a_cancel_a_device_writes_nothing(standin: StandInDevice, tmp_path: Path) -> None:
-    store, staging = opened(standin, tmp_path)
-    memory = standin.allocate(64 * 768)
-    memory[:] = 9
-    staging.dump(batch_of(memory, 64)).wait(10)
-    for turn in range(50):
+    with opened(standin, tmp_path) as (_, staging):
+        memory = standin.allocate(64 * 768)
+        memory[:] = 9
+        staging.dump(batch_of(memory, 64)).wait(10)
+        for turn in range(50):
+            memory[:] = 1
+            task = staging.load(batch_of(memory, 64))
+            time.sleep(turn * 0.0001)
+            task.cancel()
+            before = memory.copy()
+            time.sleep(0.002)
+            assert (memory == before).all()
         memory[:] = 1
-        task = staging.load(batch_of(memory, 64))
-        time.sleep(turn * 0.0001)
-        task.cancel()
-        before = memory.copy()
-        time.sleep(0.002)
-        assert (memory == before).all()
-    memory[:] = 1
-    staging.load(batch_of(memory, 64)).wait(10)
-    assert (memory == 9).all()
-    assert staging.close(10)
-    store.close()
+        staging.load(batch_of(memory, 64)).wait(10)
+        assert (memory == 9).all()
+
+
+def hung_save(standin: StandInDevice, staging: Staging) -> tuple[Batch, Task]:
+    """Begin a save whose copies the device has been given and does not do."""
+    batch = batch_of(standin.allocate(8 * 768), 8)
+    standin.hang()
+    time.sleep(0.05)
+    task = staging.dump(batch)
+    time.sleep(0.05)
+    return batch, task
 
 
 def test_a_save_that_is_given_up_is_not_waited_for_and_never_shows(
     standin: StandInDevice, tmp_path: Path
 ) -> None:
-    store, staging = opened(standin, tmp_path)
-    memory = standin.allocate(8 * 768)
-    standin.hang()
-    time.sleep(0.05)
-    task = staging.dump(batch_of(memory, 8), owners=memory)
-    time.sleep(0.05)
-    began = time.monotonic()
-    task.cancel()
-    assert time.monotonic() - began < 0.5
-    standin.go_on()
-    assert staging.close(10)
-    assert (task.statuses == Status.CANCELLED).all()
-    assert not store.lookup(batch_of(memory, 8).ids).any()
-    store.close()
+    with opened(standin, tmp_path) as (store, staging):
+        batch, task = hung_save(standin, staging)
+        began = time.monotonic()
+        task.cancel()
+        assert time.monotonic() - began < 0.5
+        standin.go_on()
+        assert staging.close(10)
+        assert (task.statuses == Status.CANCELLED).all()
+        assert not store.lookup(batch.ids).any()
 
 
 def test_memory_is_free_once_it_is_copied_though_it_is_not_saved(
     standin: StandInDevice, tmp_path: Path
 ) -> None:
-    store, staging = opened(standin, tmp_path, store=slow(tmp_path))
-    memory = standin.allocate(8 * 768)
-    memory[:] = 7
-    task = staging.dump(batch_of(memory, 8), owners=memory)
-    assert task.release(time.monotonic() + 10)
-    assert not task.done()
-    memory[:] = 9
-    task.wait(10)
-    staging.load(batch_of(memory, 8), owners=memory).wait(10)
-    assert (memory == 7).all()
-    assert staging.close(10)
-    store.close()
+    with opened(standin, tmp_path, store=slow(tmp_path)) as (_, staging):
+        memory = standin.allocate(8 * 768)
+        memory[:] = 7
+        task = staging.dump(batch_of(memory, 8), owners=memory)
+        assert task.release(time.monotonic() + 10)
+        assert not task.done()
+        memory[:] = 9
+        task.wait(10)
+        staging.load(batch_of(memory, 8), owners=memory).wait(10)
+        assert (memory == 7).all()
 
 
 def test_of_a_save_that_is_released_only_what_was_copied_is_kept(
     standin: StandInDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ucm_sdk.connector.staging._BUFFER_BYTES", 2 * 768)
-    store, staging = opened(standin, tmp_path, store=slow(tmp_path))
-    memory = standin.allocate(20 * 768)
-    memory[:] = 7
-    task = staging.dump(batch_of(memory, 20), owners=memory)
-    # Four buffers of two blocks are full, and the store has taken none.
-    time.sleep(0.15)
-    began = time.monotonic()
-    assert task.release(began)
-    assert time.monotonic() - began < 0.1
-    memory[:] = 9
-    with pytest.raises(TransferCancelledError):
-        task.wait(10)
-    kept = task.statuses == Status.OK
-    assert kept.tolist() == [True] * 8 + [False] * 12
-    assert (task.statuses[~kept] == Status.CANCELLED).all()
-    assert store.lookup(batch_of(memory, 20).ids).tolist() == kept.tolist()
-    staging.load(batch_of(memory, 8), owners=memory).wait(10)
-    assert (memory.reshape(20, 768)[:8] == 7).all()
-    assert staging.close(10)
-    store.close()
+    with opened(standin, tmp_path, store=slow(tmp_path)) as (store, staging):
+        memory = standin.allocate(20 * 768)
+        memory[:] = 7
+        task = staging.dump(batch_of(memory, 20), owners=memory)
+        # Four buffers of two blocks are full, and the store has taken none.
+        time.sleep(0.15)
+        began = time.monotonic()
+        assert task.release(began)
+        assert time.monotonic() - began < 0.1
+        memory[:] = 9
+        with pytest.raises(TransferCancelledError):
+            task.wait(10)
+        kept = task.statuses == Status.OK
+        assert kept.tolist() == [True] * 8 + [False] * 12
+        assert (task.statuses[~kept] == Status.CANCELLED).all()
+        assert store.lookup(batch_of(memory, 20).ids).tolist() == kept.tolist()
+        staging.load(batch_of(memory, 8), owners=memory).wait(10)
+        assert (memory.reshape(20, 768)[:8] == 7).all()
 
 
 def test_what_is_copied_while_it_is_overwritten_is_never_saved(
     standin: StandInDevice, tmp_path: Path
 ) -> None:
-    store, staging = opened(standin, tmp_path)
-    memory = standin.allocate(8 * 768)
-    standin.hang()
-    time.sleep(0.05)
-    task = staging.dump(batch_of(memory, 8), owners=memory)
-    time.sleep(0.05)
-    assert not task.release(time.monotonic() + 0.05)
-    # As a worker does then.
-    task.cancel()
-    standin.go_on()
-    assert staging.close(10)
-    assert not store.lookup(batch_of(memory, 8).ids).any()
-    store.close()
+    with opened(standin, tmp_path) as (store, staging):
+        batch, task = hung_save(standin, staging)
+        assert not task.release(time.monotonic() + 0.05)
+        # As a worker does then.
+        task.cancel()
+        standin.go_on()
+        assert staging.close(10)
+        assert not store.lookup(batch.ids).any()
 
 
 def test_waiting_is_a_burst_and_then_a_share_of_time() -> None:
@@ -170,63 +164,58 @@ def test_a_load_that_is_given_up_is_waited_for_once(
 ) -> None:
     monkeypatch.setattr("ucm_sdk.connector.staging._BUFFER_BYTES", 2 * 768)
     monkeypatch.setattr("ucm_sdk.connector.staging._HANGS_S", 0.3)
-    store, staging = opened(standin, tmp_path)
-    memory = standin.allocate(8 * 768)
-    staging.dump(batch_of(memory, 8)).wait(10)
-    standin.hang()
-    time.sleep(0.05)
-    # Three buffers of copies are under way.
-    task = staging.load(batch_of(memory, 8))
-    time.sleep(0.1)
-    began = time.monotonic()
-    task.cancel()
-    assert 0.25 < time.monotonic() - began < 0.6
-    standin.go_on()
-    assert staging.close(10)
-    store.close()
+    with opened(standin, tmp_path) as (_, staging):
+        memory = standin.allocate(8 * 768)
+        staging.dump(batch_of(memory, 8)).wait(10)
+        standin.hang()
+        time.sleep(0.05)
+        # Three buffers of copies are under way.
+        task = staging.load(batch_of(memory, 8))
+        time.sleep(0.1)
+        began = time.monotonic()
+        task.cancel()
+        assert 0.25 < time.monotonic() - began < 0.6
+        standin.go_on()
 
 
 def test_pieces_of_any_size_lie_on_edges_of_the_hosts_memory(
     standin: StandInDevice, tmp_path: Path
 ) -> None:
     layout = replace(LAYOUT, piece_bytes=(100, 36))
-    store, staging = opened(standin, tmp_path, layout)
-    memory = standin.allocate(5 * 136)
-    memory[:] = values = np.arange(5 * 136, dtype=np.uint32).astype(np.uint8)
-    starts = memory.ctypes.data + np.arange(5, dtype=np.uint64)[:, None] * np.uint64(136)
-    batch = Batch.pieces(
-        [bytes([n]) * 32 for n in range(5)],
-        offsets=layout.piece_offsets,
-        lengths=layout.piece_lengths,
-        addresses=starts + layout.piece_offsets[None, :],
-    )
-    staging.dump(batch).wait(10)
-    memory[:] = 0
-    staging.load(batch).wait(10)
-    assert (memory == values).all()
-    assert staging.close(10)
-    store.close()
+    with opened(standin, tmp_path, layout) as (_, staging):
+        memory = standin.allocate(5 * 136)
+        memory[:] = values = np.arange(5 * 136, dtype=np.uint32).astype(np.uint8)
+        starts = memory.ctypes.data + np.arange(5, dtype=np.uint64)[:, None] * np.uint64(136)
+        batch = Batch.pieces(
+            [bytes([n]) * 32 for n in range(5)],
+            offsets=layout.piece_offsets,
+            lengths=layout.piece_lengths,
+            addresses=starts + layout.piece_offsets[None, :],
+        )
+        staging.dump(batch).wait(10)
+        memory[:] = 0
+        staging.load(batch).wait(10)
+        assert (memory == values).all()
 
 
 def test_memory_lives_as_long_as_a_device_uses_it(standin: StandInDevice, tmp_path: Path) -> None:
     class Owner:
         pass
 
-    store, staging = opened(standin, tmp_path)
-    memory, owner = standin.allocate(8 * 768), Owner()
-    standin.hang()
-    time.sleep(0.05)
-    alive = weakref.ref(owner)
-    staging.dump(batch_of(memory, 8), owners=owner)
-    del owner
-    time.sleep(0.05)
-    gc.collect()
-    assert alive() is not None
-    standin.go_on()
-    assert staging.close(10)
-    gc.collect()
-    assert alive() is None
-    store.close()
+    with opened(standin, tmp_path) as (_, staging):
+        memory, owner = standin.allocate(8 * 768), Owner()
+        standin.hang()
+        time.sleep(0.05)
+        alive = weakref.ref(owner)
+        staging.dump(batch_of(memory, 8), owners=owner)
+        del owner
+        time.sleep(0.05)
+        gc.collect()
+        assert alive() is not None
+        standin.go_on()
+        assert staging.close(10)
+        gc.collect()
+        assert alive() is None
 
 
 @pytest.mark.parametrize("standin", STAND_INS, indirect=True)
@@ -234,65 +223,61 @@ def test_memory_lives_as_long_as_a_device_uses_it(standin: StandInDevice, tmp_pa
 def test_what_a_device_did_not_copy_has_failed(
     standin: StandInDevice, tmp_path: Path, operation: str
 ) -> None:
-    store, staging = opened(standin, tmp_path)
-    memory = standin.allocate(8 * 768)
-    failures = 0
-    for n in range(1, 40):
-        memory[:] = n
-        if operation == "load":
-            staging.dump(batch_of(memory, 4, 4 * n)).wait(10)
-            memory[:] = 0
-        standin.fail_at(n)
-        try:
-            task = getattr(staging, operation)(batch_of(memory, 4, 4 * n))
-            while not task.done():
-                time.sleep(0.0005)
-            good = task.statuses == Status.OK
-        except StoreIOError:
-            good = np.zeros(4, np.bool_)
-        standin.fail_at(0)
-        failures += not good.all()
-        if operation == "dump":
-            memory[:] = 0
-            for block in np.flatnonzero(good):
-                part = memory[block * 768 :]
-                staging.load(batch_of(part, 1, 4 * n + int(block))).wait(10)
-        assert (memory.reshape(8, 768)[:4][good] == n).all(), n
-        assert staging._loads._thread.is_alive()
-        assert staging._saves._thread.is_alive()
-    assert failures >= 8
-    assert staging.close(10)
-    store.close()
+    with opened(standin, tmp_path) as (_, staging):
+        memory = standin.allocate(8 * 768)
+        failures = 0
+        for n in range(1, 40):
+            memory[:] = n
+            if operation == "load":
+                staging.dump(batch_of(memory, 4, 4 * n)).wait(10)
+                memory[:] = 0
+            standin.fail_at(n)
+            try:
+                task = getattr(staging, operation)(batch_of(memory, 4, 4 * n))
+                while not task.done():
+                    time.sleep(0.0005)
+                good = task.statuses == Status.OK
+            except StoreIOError:
+                good = np.zeros(4, np.bool_)
+            standin.fail_at(0)
+            failures += not good.all()
+            if operation == "dump":
+                memory[:] = 0
+                for block in np.flatnonzero(good):
+                    part = memory[block * 768 :]
+                    staging.load(batch_of(part, 1, 4 * n + int(block))).wait(10)
+            assert (memory.reshape(8, 768)[:4][good] == n).all(), n
+            assert staging._loads._thread.is_alive()
+            assert staging._saves._thread.is_alive()
+        assert failures >= 8
 
 
 def test_many_transfers_share_few_buffers(
     standin: StandInDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ucm_sdk.connector.staging._BUFFER_BYTES", 3 * 768)
-    store, staging = opened(standin, tmp_path)
-    memory = standin.allocate(100 * 768)
-    values = np.arange(memory.size, dtype=np.uint64).astype(np.uint8)
-    memory[:] = values
-    saves = [staging.dump(batch_of(memory[n * 7680 :], 10, n * 10)) for n in range(10)]
-    for task in saves:
-        task.wait(10)
-    memory[:] = 0
-    # One block that is not there fails alone.
-    loads = [staging.load(batch_of(memory[n * 7680 :], 10, n * 10)) for n in range(9)]
-    batch = batch_of(memory[69120:], 10, 90)
-    ids = batch.ids.copy()
-    ids[1] = 200
-    lost = staging.load(Batch(ids, batch.rows))
-    for task in loads:
-        task.wait(10)
-    with pytest.raises(LookupError, match="1 of 10"):
-        lost.wait(10)
-    there = np.ones(100, np.bool_)
-    there[91] = False
-    assert (memory.reshape(100, 768)[there] == values.reshape(100, 768)[there]).all()
-    assert not memory.reshape(100, 768)[91].any()
-    assert staging.close(10)
-    store.close()
+    with opened(standin, tmp_path) as (_, staging):
+        memory = standin.allocate(100 * 768)
+        values = np.arange(memory.size, dtype=np.uint64).astype(np.uint8)
+        memory[:] = values
+        saves = [staging.dump(batch_of(memory[n * 7680 :], 10, n * 10)) for n in range(10)]
+        for task in saves:
+            task.wait(10)
+        memory[:] = 0
+        # One block that is not there fails alone.
+        loads = [staging.load(batch_of(memory[n * 7680 :], 10, n * 10)) for n in range(9)]
+        batch = batch_of(memory[69120:], 10, 90)
+        ids = batch.ids.copy()
+        ids[1] = 200
+        lost = staging.load(Batch(ids, batch.rows))
+        for task in loads:
+            task.wait(10)
+        with pytest.raises(LookupError, match="1 of 10"):
+            lost.wait(10)
+        there = np.ones(100, np.bool_)
+        there[91] = False
+        assert (memory.reshape(100, 768)[there] == values.reshape(100, 768)[there]).all()
+        assert not memory.reshape(100, 768)[91].any()
 
 
 def test_a_step_takes_until_its_device_has_done_it(standin: StandInDevice) -> None:

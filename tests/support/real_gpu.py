@@ -6,7 +6,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -84,8 +83,7 @@ class RealGpu:
         # To free pinned memory waits for the device.
         gc.collect()
         self._may.clear()
-        wait: Callable[[Any], Any] = lambda _: self._may.wait(60)  # noqa: E731
-        self._holds.append(_HOST_FUNCTION(wait))
+        self._holds.append(_HOST_FUNCTION(lambda _: self._may.wait(60) and None))
         self._call("cuLaunchHostFunc", None, self._holds[-1], None)
 
     def go_on(self) -> None:

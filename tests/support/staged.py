@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,20 @@ LAYOUT = KVLayout(
 )
 
 
+@contextlib.contextmanager
 def opened(
     standin: StandInDevice,
     path: Path,
     layout: KVLayout = LAYOUT,
     store: dict[str, Any] | None = None,
-) -> tuple[KVStoreBase, Staging]:
+) -> Iterator[tuple[KVStoreBase, Staging]]:
+    """Open both, and close them if nothing fails."""
     context = StoreContext(Namespace("m", "uint8", "uint8", "full"), layout)
     opened = open_store(store or {"kind": "file", "directory": str(path)}, context)
-    return opened, Staging(opened, standin.engine_device())
+    staging = Staging(opened, standin.engine_device())
+    yield opened, staging
+    assert staging.close(10)
+    opened.close()
 
 
 def batch_of(memory: np.ndarray, count: int, first: int = 0) -> Batch:

@@ -35,6 +35,7 @@ class StandInDevice:
         self._used = 0
         self._random = random.Random(seed)
         self._working = threading.Event()
+        self._busy = threading.Lock()
         self._over = False
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
@@ -59,8 +60,10 @@ class StandInDevice:
         self._driver.standin_fill(None, where, value, ctypes.c_size_t(memory.size))
 
     def hang(self) -> None:
-        """Do no more work."""
+        """Do no more work; what it is at ends first."""
         self._working.clear()
+        with self._busy:
+            pass
 
     def go_on(self) -> None:
         self._working.set()
@@ -82,5 +85,10 @@ class StandInDevice:
     def _work(self) -> None:
         while not self._over:
             self._working.wait()
-            if not self._driver.standin_run(self._random.randint(1, 8)):
+            with self._busy:
+                # It may have been told to hang in between.
+                did = self._working.is_set() and self._driver.standin_run(
+                    self._random.randint(1, 8)
+                )
+            if not did:
                 time.sleep(self._random.choice((0.0, 0.0002, 0.001)))

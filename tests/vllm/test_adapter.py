@@ -205,6 +205,25 @@ def test_a_device_that_nobody_serves_is_refused(
         check_supported(config, kv_config())
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            {"cache_dtype": "int8_per_token_head"},
+            "serves kv_cache_dtype fp8.*not int8_per_token_head",
+        ),
+        ({"cache_dtype": "fp8", "calculate_kv_scales": True}, "calculate_kv_scales=True: every"),
+    ],
+)
+def test_kv_that_is_more_than_its_values_is_refused(
+    config: Any, monkeypatch: pytest.MonkeyPatch, setting: dict[str, Any], message: str
+) -> None:
+    cache = SimpleNamespace(**{**vars(config.cache_config), **setting})
+    monkeypatch.setattr(config, "cache_config", cache)
+    with pytest.raises(ConfigError, match=message):
+        make_namespace(config, kv_config(), UCM)
+
+
 def test_a_store_that_processes_cannot_share_is_refused(config: Any) -> None:
     context = StoreContext(
         make_namespace(config, kv_config(), UCM), make_layout(config, kv_config())

@@ -6,6 +6,7 @@ The tensors are the host's, of the forms that vLLM has on GPUs; the kernels are 
 
 from __future__ import annotations
 
+import ctypes
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,12 +110,8 @@ def is_what_the_layout_says(gpu: Any, caches: dict[str, torch.Tensor]) -> None:
             plane = found[part]
             steps = (plane.strides["t"], plane.strides["h"], plane.strides["d"])
             size = layout.piece_bytes[0]
-            page = np.ctypeslib.as_array(
-                (np.ctypeslib.ctypes.c_uint8 * size).from_address(int(address))
-            )
-            there = np.ndarray(
-                (TOKENS, HEADS, SIZE), np.float16, page.data, plane.offset, strides=steps
-            )
+            page = (ctypes.c_uint8 * size).from_address(int(address))
+            there = np.ndarray((TOKENS, HEADS, SIZE), np.float16, page, plane.offset, steps)
             assert (there == written[part][block]).all(), (name, block, part)
 
 

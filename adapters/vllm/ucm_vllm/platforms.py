@@ -19,7 +19,7 @@ from ucm_vllm.pool import ManagedSpec, StreamedSpec
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from ucm_sdk.connector import SparseConfig, UcmConfig
+    from ucm_sdk.connector import UcmConfig
 
 
 logger = logging.getLogger(__name__)
@@ -126,11 +126,10 @@ class CudaPlatform:
         """See ``Platform``."""
         if (warning := compat.check_version(ran=compat.ON_GPUS, where=" on GPUs")) is not None:
             logger.warning(warning)
-        refuse_parts(ucm, "GPUs", "prefill_offload", "position", "blend")
+        refuse_parts(config, ucm, "GPUs")
         if ucm.sparse is not None:
             from ucm_vllm import flash_attention
 
-            refuse_sparse(config, ucm.sparse, "GPUs")
             flash_attention.check()
 
     def take_thread(self) -> EngineDevice:
@@ -141,9 +140,9 @@ class CudaPlatform:
         )
 
 
-def refuse_parts(ucm: UcmConfig, devices: str, *parts: str) -> None:
-    """Refuse parts of a configuration that ``devices`` cannot do; raises ``ConfigError``."""
-    for name in parts:
+def refuse_parts(config: VllmConfig, ucm: UcmConfig, devices: str) -> None:
+    """Refuse what is asked for and works on the host only; raises ``ConfigError``."""
+    for name in ("prefill_offload", "position", "blend"):
         if getattr(ucm, name) is not None:
             msg = f"{name}: works on vLLM's CPU backend only so far; leave it out on {devices}"
             raise ConfigError(msg)
@@ -151,14 +150,10 @@ def refuse_parts(ucm: UcmConfig, devices: str, *parts: str) -> None:
         # Attention does not wait in steps that only decode, a graph's in none.
         msg = f"connector.load_mode='layerwise': not every layer waits on {devices}; use 'async'"
         raise ConfigError(msg)
-
-
-def refuse_sparse(config: VllmConfig, sparse: SparseConfig, devices: str) -> None:
-    """Refuse what sparse attention cannot do on ``devices``; raises ``ConfigError``."""
-    if sparse.offload:
+    if ucm.sparse is not None and ucm.sparse.offload:
         msg = "sparse.offload=true: works on vLLM's CPU backend only so far; set it to false"
         raise ConfigError(msg)
-    if config.model_config.use_mla:
+    if ucm.sparse is not None and config.model_config.use_mla:
         msg = f"sparse: works with full attention on {devices}, not with MLA; leave it out"
         raise ConfigError(msg)
 

@@ -18,7 +18,7 @@ from vllm_ascend.utils import get_ascend_device_type
 
 from ucm_sdk.connector import EngineDevice
 from ucm_sdk.errors import ConfigError
-from ucm_vllm.platforms import PageParts, refuse_parts, refuse_sparse
+from ucm_vllm.platforms import PageParts, refuse_parts
 from ucm_vllm_ascend import attention, compat
 
 if TYPE_CHECKING:
@@ -78,9 +78,8 @@ class AscendPlatform:
         """See ``ucm_vllm.platforms.Platform``."""
         if (warning := compat.check_version()) is not None:
             logger.warning(warning)
-        refuse_parts(ucm, "NPUs", "prefill_offload", "position", "blend")
+        refuse_parts(config, ucm, "NPUs")
         if ucm.sparse is not None:
-            refuse_sparse(config, ucm.sparse, "NPUs")
             attention.check()
 
     def take_thread(self) -> EngineDevice:
