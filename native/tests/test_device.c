@@ -103,7 +103,7 @@ static void test_there_and_back(void)
 /* More copies than a driver is given at once, and empty ones among them. */
 static void test_many_copies(void)
 {
-    enum { COUNT = 700, EACH = 64 };
+    enum { COUNT = 700, EACH = 64, EMPTY = 550 };
     ucm_device *device = opened();
     ucm_device_row rows[COUNT];
     char *host, *back;
@@ -116,7 +116,7 @@ static void test_many_copies(void)
         for (size_t i = 0; i < COUNT; i++) {
             const char *here = direction == UCM_TO_DEVICE ? host : back;
             uint64_t there = at(standin.memory()) + i * EACH;
-            rows[i] = (ucm_device_row){there, at(here) + i * EACH, i % 100 == 99 ? 0 : EACH};
+            rows[i] = (ucm_device_row){there, at(here) + i * EACH, i == EMPTY ? 0 : EACH};
             if (direction == UCM_FROM_DEVICE) {
                 rows[i].from = there;
                 rows[i].to = at(here) + i * EACH;
@@ -126,10 +126,10 @@ static void test_many_copies(void)
     }
     memset(back, 0, COUNT * EACH);
     CHECK_OK(ucm_device_set_mark(device, &mark));
-    CHECK(standin.run(ALL) == 2 * (COUNT - COUNT / 100) + 1);
+    CHECK(standin.run(ALL) == 2 * (COUNT - 1) + 1);
     CHECK_OK(ucm_device_reached(mark));
     for (int i = 0; i < COUNT * EACH; i++)
-        CHECK(back[i] == (i / EACH % 100 == 99 ? 0 : (char)(i / EACH + i % EACH)));
+        CHECK(back[i] == (i / EACH == EMPTY ? 0 : (char)(i / EACH + i % EACH)));
     ucm_device_free_mark(mark);
     CHECK_OK(ucm_device_host_free(device, host));
     CHECK_OK(ucm_device_host_free(device, back));

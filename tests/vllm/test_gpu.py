@@ -194,6 +194,14 @@ def test_what_does_not_work_on_gpus_is_refused(
         platforms.CudaPlatform().check(gpu, config)
 
 
+def test_a_version_that_never_ran_on_a_gpu_is_warned_about(
+    gpu: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load_config({"store": {"kind": "memory"}}, environment={})
+    platforms.CudaPlatform().check(gpu, config)
+    assert "was not tested on GPUs; tested are 0.23" in caplog.text
+
+
 def test_sparse_attention_takes_the_place_of_vllms_where_it_is_asked_for(
     dense: Any, model_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
