@@ -153,6 +153,23 @@ def test_a_dear_probe_is_made_less_often() -> None:
     assert model.claim(64, 0) == 0
 
 
+def test_few_blocks_that_took_long_do_not_keep_a_fast_store_from_being_used() -> None:
+    """As on a GPU: a load takes some milliseconds whatever it loads, a prompt's computing 150."""
+    clock = Clock()
+    model = CostModel(BLOCK, clock=clock)
+    for _ in range(3):
+        model.computed(6000, token_pairs(0, 6000), 0.150)
+        model.saved(6000, 3.0)
+    claims = []
+    while not claims or claims[-1] < 6000:
+        claims.append(model.claim(6000, 0))
+        if claims[-1]:
+            model.loaded(claims[-1], 0.008 + 6e-6 * claims[-1])
+        clock.now += 0.5
+        assert clock.now < 1010, claims
+    assert claims[0] < 600
+
+
 def test_what_was_seen_once_is_not_believed_for_ever() -> None:
     clock = Clock()
     model = learnt(clock)

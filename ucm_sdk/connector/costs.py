@@ -30,7 +30,10 @@ _FADE: Final = 0.9
 """Weight of an observation relative to the next one."""
 _PROBE_SHARE: Final = 0.1
 """A probe may cost this share of what computing the whole hit takes."""
+_PROBE_PAUSES: Final = 50.0
+"""Pauses last so many times what a probe costs."""
 _PROBE_EVERY_S: Final = 30.0
+"""And so long where it costs as much as computing the whole hit."""
 _PROBE_PAUSE_MOST_S: Final = 600.0
 _SAVE_EVERY_S: Final = 60.0
 _WRITE_S: Final = 1.0
@@ -92,6 +95,7 @@ class CostModel:
         self._file = file
         self._clock = clock
         self._probed_at = float("-inf")
+        self._last_tokens, self._last_s = 0, 0.0
         self._saved_at = clock()
         self._changed = False
         kept: dict[str, Any] = {}
@@ -110,6 +114,7 @@ class CostModel:
     def loaded(self, tokens: int, seconds: float) -> None:
         """Take a load that went well."""
         self.load.add(tokens, 1.0, seconds)
+        self._last_tokens, self._last_s = tokens, seconds
         self._probed_at = self._clock()
         self._changed = True
 
@@ -142,15 +147,18 @@ class CostModel:
         block_s = self.load_s(block + queued_tokens, least_s_per_token)
         if block_s is None:
             return block
-        # The more a block is expected to cost, the less often one is tried; but for ever is no time
+        # The more a probe is expected to cost, the less often one is made; but for ever is no time
         # for which what was seen once is to be believed.
         ratio = block_s / compute_s if compute_s > 0 else math.inf
-        pause_s = min(_PROBE_EVERY_S * max(1.0, ratio), _PROBE_PAUSE_MOST_S)
-        if self._clock() - self._probed_at < pause_s:
+        blocks = max(1, int(_PROBE_SHARE / ratio) if ratio > 0 else 1)
+        # Loads of one size do not tell what they take anyway from what each block takes.
+        if self._last_s <= _PROBE_SHARE * compute_s:
+            blocks = max(blocks, 2 * self._last_tokens // block)
+        pause_s = max(_PROBE_PAUSES * blocks * block_s, _PROBE_EVERY_S * ratio)
+        if self._clock() - self._probed_at < min(pause_s, _PROBE_PAUSE_MOST_S):
             return 0
         self._probed_at = self._clock()
-        blocks = int(_PROBE_SHARE / ratio) if ratio > 0 else 1
-        return min(hit_tokens, max(1, blocks) * block)
+        return min(hit_tokens, blocks * block)
 
     def load_s(self, tokens: int, least_s_per_token: float = 0.0) -> float | None:
         """Return the seconds that loading is expected to take, None before anything was seen."""
