@@ -52,7 +52,8 @@ _NETWORK_FILE_SYSTEMS: Final = (
 
 def default_threads() -> int:
     """Return how many threads transfer blocks when nobody says."""
-    return min(4, max(2, os.cpu_count() or 2))
+    processors = os.cpu_count() or 2
+    return max(min(4, max(2, processors)), min(8, processors // 2))
 
 
 class FileOptions(Strict):
