@@ -30,7 +30,7 @@ app = typer.Typer(no_args_is_help=True, help="Judge methods with a real model.")
 _DEFAULT: Final = (
     *CONTROLS, "window", "esa", "gsa", "kvstar", "kvcomp", "quest", "rotated", "transform",
 )  # fmt: skip
-_NEEDLES: Final = ((1, 0.15), (1, 0.5), (1, 0.85), (5, 0.5))
+_NEEDLES: Final = ("1:0.15", "1:0.5", "1:0.85", "5:0.5")
 """Keys hidden in each prompt of one length and text, and at what depth."""
 
 Model = Annotated[Path, typer.Argument(help="A Llama-type model with its tokenizer.")]
@@ -58,6 +58,22 @@ def _points(
         name, options = _options(method)
         points.append(Point(name, block, budget, share, tuple(options)))
     return points
+
+
+def _hidden(needle: str) -> tuple[int, float]:
+    """Return the number of keys and the depth of ``KEYS:DEPTH``."""
+    try:
+        keys, depth = needle.split(":")
+        found = int(keys), float(depth)
+    except ValueError:
+        found = 0, 0.0
+    if not (1 <= found[0] <= needles.MOST_KEYS and 0 < found[1] < 1):
+        msg = (
+            f"--needle={needle}: give KEYS:DEPTH, such as 1:0.5, with 1 to {needles.MOST_KEYS} "
+            "keys and a depth between 0 and 1"
+        )
+        raise ConfigError(msg)
+    return found
 
 
 class _Journal:
@@ -168,6 +184,7 @@ def evaluate_needles(
     *,
     output: Annotated[Path, typer.Option(help="JSON.")] = Path("build/eval-needles.json"),
     length: Annotated[list[int], typer.Option(help="Tokens of a prompt.")] = [1024, 2048, 4096],
+    needle: Annotated[list[str], typer.Option(help="KEYS:DEPTH of each text.")] = list(_NEEDLES),
     method: Annotated[list[str], typer.Option(help="NAME or NAME:key=value,...")] = list(_DEFAULT),
     block: Annotated[list[int], typer.Option(help="Tokens of a block.")] = [32],
     budget: Annotated[list[float], typer.Option(help="Share of the middle.")] = [0.1],
@@ -176,14 +193,22 @@ def evaluate_needles(
 ) -> None:
     """Ask for pass keys hidden in long texts, and count the answers that are right."""
     points = _points(method, block, budget, share)
-    setting = {"model": model.name, "points": [str(point) for point in points]}
+    hidden = [_hidden(one) for one in needle]
+    # Rows are told apart by their places only.
+    setting = {
+        "model": model.name,
+        "points": [str(point) for point in points],
+        "lengths": length,
+        "needles": needle,
+        "documents": [document.name for document in _documents(documents)],
+    }
     journal = _Journal(output.with_suffix(".jsonl"), setting)
     encode = _tokenizer(model)
     prompts = [
         (document.text, tokens, keys, depth)
         for tokens in length
         for document in _documents(documents)
-        for keys, depth in _NEEDLES
+        for keys, depth in hidden
     ]
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("judging", total=len(prompts), completed=len(journal.rows))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ucm_sdk.evaluation.llama import Attention, KVCache, Llama
 
 _NAMES: Final = ("red", "blue", "green", "silver", "purple")
+MOST_KEYS: Final = len(_NAMES)
 _DIGITS: Final = 5
 _Z: Final = 1.96
 """Normal quantile of a two-sided interval of 95 %."""
