@@ -106,6 +106,11 @@ SPARSE_MISSED_BLOCKS: Final = Metric(
     Kind.COUNTER,
     "Chosen blocks of one layer that could not be loaded and were left out.",
 )
+SPARSE_DENSE_REQUESTS: Final = Metric(
+    "ucm_sparse_dense_requests",
+    Kind.COUNTER,
+    "Requests that attend to everything because the device has no memory for their summaries.",
+)
 LAYER_BYTES: Final = Metric(
     "ucm_layer_bytes",
     Kind.COUNTER,
@@ -153,6 +158,7 @@ METRICS: Final = (
     TIMEOUTS,
     SPARSE_SLOT_BLOCKS,
     SPARSE_MISSED_BLOCKS,
+    SPARSE_DENSE_REQUESTS,
     LAYER_BYTES,
     LAYER_STALL_SECONDS,
     BLEND_TOKENS,

@@ -167,6 +167,8 @@ class SparsePlan:
     """Requests that are scheduled for the first time, and the tokens of their prompts."""
     tails: tuple[tuple[int, str], ...] = ()
     """The engine's block that each scheduled request writes its last token to."""
+    spans: tuple[tuple[int, int], ...] = ()
+    """How many tokens each of these has before the step, and with it."""
     changes: tuple[SparseChange, ...] = ()
     restarted: tuple[str, ...] = ()
     """Requests that hold no blocks of before any more, though they go on."""

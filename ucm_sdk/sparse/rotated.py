@@ -3,7 +3,9 @@
 
 Keys are centred and turned by one random rotation, after which every value of a token looks normal
 with the same deviation, so that one quantiser fits all (as in vector search: RaBitQ, Gao and Long,
-arXiv:2405.12497, with more bits).  Scores are estimates of masses, so votes are probabilities.
+arXiv:2405.12497, with more bits).  Its four levels lie at equal distances, so that a device can
+multiply codes as integers; for a normal value that leaves 1 % more distortion than the best levels
+(Max, 1960).  Scores are estimates of masses, so votes are probabilities.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import ClassVar, Final, Literal
 
 import numpy as np
 from array_api_compat import array_namespace
+from numpy.typing import NDArray
 
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.sparse.base import (
@@ -23,10 +26,14 @@ from ucm_sdk.sparse.base import (
     UcmSparseBase,
 )
 from ucm_sdk.sparse.kernels import constant, table_scores
-from ucm_sdk.sparse.quantisers import LEVELS, THRESHOLDS
 
-_BITS: Final = 2
 _CODES: Final = 4
+INNER: Final = 0.5
+OUTER: Final = 1.5
+"""Levels of a code, with either sign, times a token's scale."""
+APART: Final = 0.9957
+"""What lies between a normal value's inner and outer codes, times its deviation."""
+_LEVELS: Final = np.array([-OUTER, -INNER, INNER, OUTER], np.float32)
 _SMALLEST: Final = 1e-6
 
 
@@ -44,7 +51,8 @@ class Rotated(UcmSparseBase):
             msg = f"method 'rotated' needs heads of a multiple of 4, not {size}"
             raise ConfigError(msg)
         normal = np.random.default_rng(0).standard_normal((size, size))
-        self._rotation = np.linalg.qr(normal)[0].astype(np.float32)
+        self.rotation: NDArray[np.float32] = np.linalg.qr(normal)[0].astype(np.float32)
+        """``[d, d]``: a centred key times this is what gets codes."""
 
     @property
     def fields(self) -> tuple[SummaryField, ...]:
@@ -70,18 +78,16 @@ class Rotated(UcmSparseBase):
         """Return codes, and scales that fit a token's values best by least squares."""
         xp = array_namespace(keys)
         centred = xp.astype(keys, xp.float32) - basis[0][:, None, :]
-        turned = centred @ constant(self._rotation, keys)
+        turned = centred @ constant(self.rotation, keys)
         size = turned.shape[-1]
-        inner, outer = (float(level) for level in LEVELS[_BITS, _CODES // 2 : _CODES])
-        apart = float(THRESHOLDS[_BITS, _CODES // 2])
         length = xp.abs(turned)
         deviation = xp.sqrt(xp.mean(turned * turned, axis=-1, keepdims=True)) + _SMALLEST
-        far = length > apart * deviation
+        far = length > APART * deviation
         # A value and its level have the same sign, which the products do not need.
-        products = inner * xp.sum(length, axis=-1)
-        products = products + (outer - inner) * xp.sum(xp.where(far, length, 0.0), axis=-1)
+        products = INNER * xp.sum(length, axis=-1)
+        products = products + (OUTER - INNER) * xp.sum(xp.where(far, length, 0.0), axis=-1)
         many = xp.astype(xp.count_nonzero(far, axis=-1), xp.float32)
-        scale = products / (inner**2 * size + (outer**2 - inner**2) * many)
+        scale = products / (INNER**2 * size + (OUTER**2 - INNER**2) * many)
         step = xp.astype(far, xp.uint8)
         code = xp.where(turned > 0, step + 2, 1 - step)
         octets = code[..., 0::4] + 4 * code[..., 1::4] + 16 * code[..., 2::4] + 64 * code[..., 3::4]
@@ -91,12 +97,11 @@ class Rotated(UcmSparseBase):
         """Return the estimate of a block's log mass."""
         xp = array_namespace(queries)
         scaled = xp.astype(queries, xp.float32) * self.geometry.score_scale
-        turned = scaled @ constant(self._rotation, queries)
+        turned = scaled @ constant(self.rotation, queries)
         pairs = xp.reshape(turned, (*turned.shape[:3], -1, 2))
-        level = LEVELS[_BITS]
         code = np.arange(_CODES * _CODES)
-        first = constant(level[code % _CODES], queries)
-        second = constant(level[code // _CODES], queries)
+        first = constant(_LEVELS[code % _CODES], queries)
+        second = constant(_LEVELS[code // _CODES], queries)
         tables = pairs[..., :1] * first + pairs[..., 1:] * second
         centre = xp.sum(scaled * basis[0][:, None, :], axis=-1)
         return table_scores(tables, summaries[0], summaries[1], centre)

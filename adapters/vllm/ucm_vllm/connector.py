@@ -26,6 +26,7 @@ from vllm.v1.request import Request
 
 from ucm_sdk.connector import SparsePlan, StepPlan, WorkerReport, load_config
 from ucm_vllm import compat
+from ucm_vllm.device_sparse import DeviceSparse
 from ucm_vllm.metrics import UcmPromMetrics, UcmStats
 from ucm_vllm.position import VllmPosition
 from ucm_vllm.scheduler import VllmScheduler
@@ -139,7 +140,7 @@ class UcmConnector(KVConnectorBase_V1):
     # Worker side.
 
     @property
-    def sparse(self) -> VllmSparse | None:
+    def sparse(self) -> VllmSparse | DeviceSparse | None:
         """What this worker's attention asks in every layer; None without sparse attention."""
         return self._worker.sparse if self._worker is not None else None
 

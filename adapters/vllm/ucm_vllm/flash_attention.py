@@ -2,15 +2,16 @@
 """Sparse attention with FlashAttention, on GPUs.
 
 The backend takes the place of vLLM's own under its own name, and is vLLM's own wherever the
-connector's configuration asks for nothing else.  Which blocks to attend to is decided on the host:
-queries and some keys are copied there in every layer.
+connector's configuration asks for nothing else.  Which blocks to attend to is decided on the GPU
+where ``DeviceSparse`` serves the method.  Else it is on the host: queries and some keys are copied
+there in every layer.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
@@ -24,8 +25,13 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from ucm_sdk.errors import ConfigError
 from ucm_vllm.attention import of_connector, ucm_config
 from ucm_vllm.compat import gpu_keys
+from ucm_vllm.device_sparse import Attended, DeviceSparse
 from ucm_vllm.pages import DeviceKeys
 from ucm_vllm.sparse import BatchRows
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class SparseFlashAttentionImpl(FlashAttentionImpl):
@@ -47,11 +53,15 @@ class SparseFlashAttentionImpl(FlashAttentionImpl):
         sparse = of_connector("sparse")
         # A prefix that requests share is attended to for all of them at once.
         if attn_metadata is not None and sparse is not None and not _cascades(attn_metadata):
-            keys = DeviceKeys(gpu_keys(kv_cache, self.head_size))
-            rows = functools.partial(_rows, attn_metadata)
-            found = sparse.choose(layer.layer_name, query, keys, attn_metadata, rows)
+            name = layer.layer_name
+            if isinstance(sparse, DeviceSparse):
+                found = sparse.choose(name, query, attn_metadata)
+            else:
+                keys = DeviceKeys(gpu_keys(kv_cache, self.head_size))
+                rows = functools.partial(_rows, attn_metadata)
+                found = _attended(sparse.choose(name, query, keys, attn_metadata, rows))
             if found is not None:
-                attn_metadata = _with_tables(attn_metadata, *map(torch.from_numpy, found))
+                attn_metadata = _with_tables(attn_metadata, found)
         given = query, key, value, kv_cache, attn_metadata, output
         return super().forward(layer, *given, *args, **kwargs)
 
@@ -68,14 +78,21 @@ def _rows(metadata: FlashAttentionMetadata) -> BatchRows:
     )
 
 
-def _with_tables(
-    metadata: FlashAttentionMetadata, tables: torch.Tensor, lengths: torch.Tensor
-) -> FlashAttentionMetadata:
+def _attended(found: tuple[NDArray[np.int32], NDArray[np.int32]] | None) -> Attended | None:
+    if found is None:
+        return None
+    tables, lengths = map(torch.from_numpy, found)
+    return Attended(tables, lengths, int(lengths.max()))
+
+
+def _with_tables(metadata: FlashAttentionMetadata, found: Attended) -> FlashAttentionMetadata:
     """Return ``metadata`` with other block tables and lengths of the same rows."""
-    changed = copy.copy(metadata)
-    changed.block_table = tables.to(metadata.block_table)
-    changed.seq_lens = lengths.to(metadata.seq_lens)
-    changed.max_seq_len = int(lengths.max())
+    if found.metadata is not None:
+        return found.metadata
+    changed = found.metadata = copy.copy(metadata)
+    changed.block_table = found.tables.to(metadata.block_table)
+    changed.seq_lens = found.lengths.to(metadata.seq_lens)
+    changed.max_seq_len = found.most_tokens
     # How the kernel's work is divided goes by the lengths; without, it divides it by itself.
     changed.scheduler_metadata = None
     return changed

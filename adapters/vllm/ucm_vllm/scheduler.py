@@ -177,7 +177,7 @@ class VllmScheduler:
         """Return what the workers must know for this step's sparse attention."""
         if self._sparse is None:
             return SparsePlan()
-        begun, tails, changes, restarted = [], [], [], []
+        begun, tails, spans, changes, restarted = [], [], [], [], []
         resumed = output.scheduled_cached_reqs.resumed_req_ids
         for step in self._scheduled(output):
             request = self._requests.get(step.id)
@@ -189,12 +189,20 @@ class VllmScheduler:
             elif step.id in resumed:
                 restarted.append(step.id)
                 self._sent[step.id] = (0, 0)
-            last = step.computed_tokens + step.scheduled_tokens - 1
-            tails.append((step.blocks[last // self._block_tokens], step.id))
+            tokens = step.computed_tokens + step.scheduled_tokens
+            tails.append((step.blocks[(tokens - 1) // self._block_tokens], step.id))
+            spans.append((step.computed_tokens, tokens))
             if (change := self._change(step.id)) is not None:
                 changes.append(change)
         gone, self._gone = self._gone, []
-        return SparsePlan(tuple(begun), tuple(tails), tuple(changes), tuple(restarted), tuple(gone))
+        return SparsePlan(
+            tuple(begun),
+            tuple(tails),
+            tuple(spans),
+            tuple(changes),
+            tuple(restarted),
+            tuple(gone),
+        )
 
     def _change(self, id: str) -> SparseChange | None:
         if self._pool is None:

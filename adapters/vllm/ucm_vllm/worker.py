@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from typing import TYPE_CHECKING, cast
 
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
@@ -22,6 +23,8 @@ from ucm_sdk.errors import ConfigError
 from ucm_sdk.sparse import SparseKVManager
 from ucm_sdk.telemetry import Increments, Recorder
 from ucm_vllm.blend import VllmBlend, check_blend, check_rotation
+from ucm_vllm.compat import gpu_keys
+from ucm_vllm.device_sparse import DeviceSparse, why_not
 from ucm_vllm.layout import (
     check_supported,
     make_layout,
@@ -42,7 +45,10 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-    from ucm_sdk.connector import UcmConfig
+    from ucm_sdk.connector import KVMemory, UcmConfig
+    from ucm_sdk.sparse import SparseBudget, UcmSparseBase
+
+logger = logging.getLogger(__name__)
 
 
 class VllmWorker:
@@ -82,7 +88,7 @@ class VllmWorker:
             check_host_memory(self._context.layout.piece_bytes, kv_config.num_blocks)
             self._device_layers = spec.device_layers
             spec.place(kv_config)
-        self.sparse: VllmSparse | None = None
+        self.sparse: VllmSparse | DeviceSparse | None = None
         self.layers: VllmLayers | None = None
         self._registered: WorkerSide | None = None
         self._result = StepResult()
@@ -106,15 +112,48 @@ class VllmWorker:
         keys = KeyShift(layout, self._rope) if self._rope is not None else None
         self._registered = WorkerSide(self._store, self._options, memory, keys=keys)
         if self._sparse_config is not None and self._sparse_method is not None:
-            manager = SparseKVManager(self._sparse_method, self._sparse_config.budget)
-            side = SparseWorkerSide(
-                manager,
-                self._store,
-                memory,
-                load_timeout_s=self._sparse_config.load_timeout_s,
-                retry_after_s=self._options.retry_after_s,
+            self.sparse = self._on_device(self._sparse_method, self._sparse_config.budget, caches)
+            self.sparse = self.sparse or self._on_host(self._sparse_method, memory)
+
+    def _on_device(
+        self,
+        method: UcmSparseBase,
+        budget: SparseBudget,
+        caches: dict[str, torch.Tensor | Sequence[torch.Tensor]],
+    ) -> DeviceSparse | None:
+        """Return what chooses on the GPU; None where nothing does."""
+        if platform().tensors != "cuda":
+            return None
+        size = method.geometry.head_size
+        keys = [gpu_keys(cast("torch.Tensor", caches[name]), size) for name in self._layers]
+        tokens = self._config.model_config.max_model_len
+        most_blocks = -(-tokens // method.geometry.block_tokens)
+        if (reason := why_not(method, keys, most_blocks)) is not None:
+            logger.warning(
+                "sparse attention is decided on the host, which takes longer: %s", reason
             )
-            self.sparse = VllmSparse(side, self._sparse_method, manager, self._layers)
+            return None
+        return DeviceSparse(
+            method,
+            budget,
+            self._layers,
+            keys,
+            most_blocks=most_blocks,
+            recorder=self._context.recorder,
+        )
+
+    def _on_host(self, method: UcmSparseBase, memory: KVMemory) -> VllmSparse:
+        """Return what chooses on the host."""
+        assert self._sparse_config is not None
+        manager = SparseKVManager(method, self._sparse_config.budget)
+        side = SparseWorkerSide(
+            manager,
+            self._store,
+            memory,
+            load_timeout_s=self._sparse_config.load_timeout_s,
+            retry_after_s=self._options.retry_after_s,
+        )
+        return VllmSparse(side, method, manager, self._layers)
 
     def bind(self, model: torch.nn.Module) -> None:
         """Take the model that blends are computed with."""
