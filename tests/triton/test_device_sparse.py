@@ -210,6 +210,7 @@ def test_the_device_chooses_what_the_host_chooses(
     # Both come to new blocks, each at another step.
     assert {engine.compare(engine.step({"a": 1, "b": 1})) for _ in range(4)} == {2 * LAYERS}
     assert engine.compare(engine.step({"b": 1}, finished=("a",))) == LAYERS
+    assert [*engine.device._requests] == ["b"]
 
 
 def test_a_prompt_that_comes_in_parts_is_summarised_at_its_end() -> None:
@@ -219,6 +220,27 @@ def test_a_prompt_that_comes_in_parts_is_summarised_at_its_end() -> None:
         assert engine.compare(engine.step({"a": count})) == 0
         request = engine.device._requests["a"]
         assert request.count == (12 if engine.tokens["a"] >= 200 else 0)
+    assert engine.compare(engine.step({"a": 1})) == LAYERS
+
+
+def test_the_last_token_of_a_prompt_that_comes_again_attends_to_everything() -> None:
+    engine = Engine(geometry(), BUDGET, torch.float32)
+    engine.step({"a": 300})
+    engine.step({"a": 1})
+    engine.tokens["a"] = 299
+    assert engine.compare(engine.step({"a": 1})) == 0
+    assert engine.compare(engine.step({"a": 1})) == LAYERS
+
+
+def test_a_request_whose_summaries_are_behind_attends_to_everything() -> None:
+    engine = Engine(geometry(), BUDGET, torch.float32)
+    engine.step({"a": 300})
+    # Steps in which nobody asks, such as those of cascade attention.
+    choose, engine.device.choose = engine.device.choose, lambda *_: None
+    for _ in range(80):
+        engine.step({"a": 1})
+    engine.device.choose = choose
+    assert [found for found, _ in engine.step({"a": 1})] == [None] * LAYERS
     assert engine.compare(engine.step({"a": 1})) == LAYERS
 
 
@@ -269,6 +291,8 @@ def test_a_rehearsal_leaves_nothing_behind(least: int) -> None:
     assert all((one == other).all() for one, other in zip(keys, engine.keys, strict=True))
     assert engine.compare(engine.step({"a": 300})) == 0
     assert engine.compare(engine.step({"a": 1})) == (LAYERS if least <= 300 else 0)
+    # Nobody needs summaries of what stays short.
+    assert (engine.device._requests["a"].summaries is None) == (least > 300)
 
 
 def test_the_full_budget_is_everything() -> None:
@@ -301,6 +325,16 @@ def test_rows_of_others_attend_to_everything() -> None:
     assert found.tables[0].tolist() == table[0].tolist()
     assert found.lengths.tolist() == [201, 301 - 11 * 16]
     assert found.tables[1, :5].tolist() != pages[0][:5]
+    # A step may come in parts, each with rows of its own.
+    rest = SimpleNamespace(
+        block_table=metadata.block_table[1:],
+        seq_lens=metadata.seq_lens[1:],
+        query_start_loc=int32([0, 1]),
+        max_seq_len=301,
+    )
+    found = engine.device.choose("layer.0", query[1:], rest)
+    assert found is not None
+    assert found.lengths.tolist() == [301 - 11 * 16]
 
 
 @pytest.mark.parametrize("missing", ["page", "tokens"])
@@ -322,8 +356,9 @@ def test_a_request_that_is_not_in_the_batch_changes_nothing(missing: str) -> Non
     assert found.tables.tolist() == table.tolist()
     assert found.lengths.tolist() == [lengths]
     engine.device.end_step(SparsePlan())
-    codes = engine.device._requests["a"].summaries.codes
-    assert (codes[:, :, :18] == before[:, :, :18]).all()
+    summaries = engine.device._requests["a"].summaries
+    assert (summaries.codes[:, :, :18] == before[:, :, :18]).all()
+    assert (summaries.scales[:, :, 18:] == 0).all()
 
 
 def test_a_request_for_which_there_is_no_memory_attends_to_everything(
@@ -339,10 +374,11 @@ def test_a_request_for_which_there_is_no_memory_attends_to_everything(
     monkeypatch.setattr(device_summaries.Summaries, "empty", empty)
     engine.step({"b": 300, "a": 1})
     monkeypatch.undo()
-    for found, _ in engine.step({"b": 1, "a": 1}):
-        _, lengths, most = found
-        assert lengths[0] == most == 301
-        assert lengths[1] < 202
+    for tokens in (301, 302):
+        for found, _ in engine.step({"b": 1, "a": 1}):
+            _, lengths, most = found
+            assert lengths[0] == most == tokens
+            assert lengths[1] < 200
     assert engine.recorder.drain().counters[SPARSE_DENSE_REQUESTS.name] == 1
     assert "a request attends to everything: no memory is left" in caplog.text
 

@@ -34,6 +34,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from ucm_sdk.connector import UcmConfig, load_config
 from ucm_sdk.errors import ConfigError
+from ucm_vllm import compat
 from ucm_vllm.blend import BlendPass
 from ucm_vllm.pages import TRANSPOSED_KEYS, LayerPages
 from ucm_vllm.pool import ManagedSpec, StreamedSpec
@@ -263,8 +264,7 @@ class UcmMetadataBuilder(CPUAttentionMetadataBuilder):
             sliding_window_size=self.window_size,
             isa=self.isa,
             enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
-            dynamic_causal=metadata.dynamic_causal,
-            kv_cache_dtype=self.kv_cache_dtype,
+            **compat.new_schedule_arguments(self, metadata),
         )
 
 

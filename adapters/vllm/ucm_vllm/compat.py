@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Final, overload
+from typing import TYPE_CHECKING, Any, Final, overload
 
 import vllm
 from vllm import envs
@@ -106,6 +106,16 @@ def gpu_keys(kv_cache: torch.Tensor, head_size: int) -> torch.Tensor:
     if kv_cache.shape[-1] == head_size:
         return kv_cache[:, 0]
     return kv_cache[..., :head_size].transpose(1, 2)
+
+
+def new_schedule_arguments(builder: Any, metadata: Any) -> dict[str, Any]:
+    """Return what vLLM's CPU kernels are told of a step since 0.32, and were not told in 0.23."""
+    if not hasattr(metadata, "dynamic_causal"):
+        return {}
+    return {
+        "dynamic_causal": metadata.dynamic_causal,
+        "kv_cache_dtype": builder.kv_cache_dtype,
+    }
 
 
 class BlockTables:

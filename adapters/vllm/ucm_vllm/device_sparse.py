@@ -213,7 +213,7 @@ class DeviceSparse:
         # One that is not there has no blocks.
         requests[:, _BLOCKS] *= there[:, None]
         requests[:, _PLACE] = mine.clamp_(min=0)
-        requests[:, _TOKEN] = metadata.query_start_loc[mine + 1] - 1
+        requests[:, _TOKEN] = metadata.query_start_loc[mine]
         lengths = metadata.seq_lens.clone()
         lengths.index_add_(0, mine, (self._upload(spared) * -there.long()).to(lengths.dtype))
         others = len(metadata.seq_lens) > len(self._now)
