@@ -103,6 +103,17 @@ def test_what_is_in_the_pool_is_attended_to_in_place(tmp_path: Path) -> None:
     assert (np.diff(table) > 0).all()
 
 
+def test_a_row_is_in_the_pool_when_it_is_decoded_and_nothing_has_left(tmp_path: Path) -> None:
+    rows = [DecodeRow("r", tokens, TABLE) for tokens in (PROMPT, PROMPT + 1)]
+    worker = make(tmp_path)
+    worker.begin(offloaded=False)
+    assert worker.side.in_pool(rows[1:])
+    assert not worker.side.in_pool(rows)
+    worker = make(tmp_path)
+    worker.begin()
+    assert not worker.side.in_pool(rows[1:])
+
+
 def test_chosen_blocks_that_left_the_pool_come_into_slots(tmp_path: Path) -> None:
     worker = make(tmp_path)
     worker.begin()

@@ -359,3 +359,71 @@ def test_one_call_for_all_chooses_what_the_parts_of_a_method_choose(vote: str, s
     by_mass, unknown = parts(queries, mass), parts(queries, None)
     counts = any((a != b).any() for a, b in zip(by_mass, unknown, strict=True))
     assert counts == (vote == "probability")
+
+
+def standing_of(method: str = "transform", **options: object) -> tuple[SparseKVManager, list]:
+    """A manager of two requests that have chosen in layer 0, and what they choose from."""
+    manager = manager_of(method, **options)
+    for id in "ab":
+        manager.request_begin(id, 20 * B)
+        summarise(manager, id, keys_of(20))
+    tokens = 20 * B + 1
+    rows = [(id, manager.budget.cut(tokens, B)) for id in "ab"]
+    assert manager.standing(0, rows) is None
+    found = manager.choose_all(0, [(id, tokens) for id in "ab"], np.stack([query_of()] * 2))
+    assert None not in found
+    return manager, rows
+
+
+def test_what_chose_for_all_can_be_asked_again() -> None:
+    manager, rows = standing_of()
+    chooser = manager.standing(0, rows)
+    assert chooser is not None
+    assert manager.standing(0, rows[::-1]) is None
+    assert manager.standing(0, rows[:1]) is None
+    assert manager.standing(1, rows) is None
+    later = manager.budget.cut(22 * B, B)
+    assert manager.standing(0, [(id, later) for id, _ in rows]) is None
+    queries = np.stack([query_of(), -query_of()])
+    chooser(queries[:, None], None)
+    places = chooser.chosen.reshape(2, -1) + rows[0][1].first
+    asked = [(id, 20 * B + 2) for id in "ab"]
+    for expected, choice in zip(places, manager.choose_all(0, asked, queries), strict=True):
+        assert choice is not None
+        assert choice.middle.tolist() == [expected.tolist()]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manager: summarise(manager, "b", keys_of(21)),
+        lambda manager: manager.rewind("a", 0, 19 * B),
+        lambda manager: manager.request_preempted("b"),
+        lambda manager: manager.request_finished("a"),
+    ],
+    ids=["summaries", "computed again", "preempted", "finished"],
+)
+def test_what_chose_is_not_asked_again_when_something_has_changed(change: Any) -> None:
+    manager, rows = standing_of()
+    change(manager)
+    assert manager.standing(0, rows) is None
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("transform", {"stride": 2}), ("transform", {"reuse_layers": [1]}), ("quest", {})],
+)
+def test_choices_that_are_kept_or_made_otherwise_are_always_asked_for(
+    method: str, options: dict[str, object]
+) -> None:
+    manager, rows = standing_of(method, **options)
+    assert manager.standing(0, rows) is None
+
+
+def test_some_of_the_requests_are_not_all_of_them() -> None:
+    manager, rows = standing_of()
+    manager.request_begin("c", 20 * B)
+    asked = [(id, 20 * B + 1) for id in "abc"]
+    found = manager.choose_all(0, asked, np.stack([query_of()] * 3))
+    assert found[2] is None
+    assert manager.standing(0, [*rows, ("c", rows[0][1])]) is None

@@ -116,7 +116,10 @@ class AxesChooser:
         self._scale = np.float32(scale)
         self._queries = np.empty((len(codes), heads, group, size), np.float32)
         self._known = np.empty((len(codes), heads, group), np.float32)
-        self._chosen = [np.empty((lists, count), np.int64) for count in counts]
+        self.chosen = np.empty(lists * sum(counts), np.int64)
+        """What was chosen last, one request's after another's."""
+        parts = np.split(self.chosen, lists * np.cumsum(counts)[:-1])
+        self._chosen = [part.reshape(lists, -1) for part in parts]
         self._rows = _ffi.new("ucm_choice[]", len(codes))
         self._geometry = (heads, group, planes, tokens)
         self._rule = (_lib.UCM_VOTE_SHARE if shares else _lib.UCM_VOTE_SCORE, together)

@@ -24,6 +24,7 @@ from ucm_sdk.types import Batch
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from ucm_sdk._native.choosing import AxesChooser
     from ucm_sdk.connector.memory import KVMemory
     from ucm_sdk.connector.offload import SparsePlan
     from ucm_sdk.sparse import Array, Choice, Cut, KeptKeys, SparseKVManager
@@ -169,6 +170,17 @@ class SparseWorkerSide:
     def settled(self, id: str, *, computed_tokens: int, tokens: int) -> bool:
         """Whether no layer has anything to ``summarise`` of a request in this step."""
         return self._manager.settled(id, computed_tokens=computed_tokens, tokens=tokens)
+
+    def in_pool(self, rows: Sequence[DecodeRow]) -> bool:
+        """Whether all rows are decoded, and all of their blocks are in the engine's pool."""
+        requests = [self._requests[row.request] for row in rows]
+        return all(request.last <= request.first for request in requests) and all(
+            row.tokens > self._manager.prompt_tokens(row.request) for row in rows
+        )
+
+    def standing(self, layer: int, rows: Sequence[tuple[str, Cut]]) -> AxesChooser | None:
+        """See ``SparseKVManager.standing``; takes the place of ``tables`` for rows ``in_pool``."""
+        return self._manager.standing(layer, rows)
 
     def tables(
         self,

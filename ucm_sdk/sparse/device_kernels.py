@@ -123,6 +123,8 @@ def encode(
     codes += head * (of_codes // heads) + number * (tokens * planes)
     scales += head * (of_scales // heads) + number * tokens
     row = tl.load(new + 6)
+    if row < 0:
+        return
     page = tl.load(table + row * table_stride + number).to(tl.int64)
     token, value = tl.arange(0, tokens), tl.arange(0, padded)
     there = value[None, :] < size

@@ -18,7 +18,7 @@ import numpy as np
 from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
-from ucm_sdk._native.choosing import KeptKeys
+from ucm_sdk._native.choosing import AxesChooser, KeptKeys
 from ucm_sdk.errors import ArgumentError
 from ucm_sdk.sparse.base import Array, Arrays, Candidates, Chooser, UcmSparseBase
 from ucm_sdk.sparse.budget import Cut, SparseBudget
@@ -141,6 +141,10 @@ class SparseKVManager:
         self._versions = itertools.count(1)
         self._choosers: dict[int, tuple[tuple[tuple[int, ...], ...], Chooser]] = {}
         """By layer: what the requests that asked last choose from, and what chooses for them."""
+        self._standing: dict[int, tuple[list[tuple[str, Cut]], AxesChooser]] = {}
+        """By layer, until something changes: who asked last, and what chose for all of them."""
+        options = method.options
+        self._used_once = options.stride == 1 and not options.reuse_layers
 
     def __contains__(self, request_id: str) -> bool:
         """Whether the request has begun and not finished."""
@@ -161,6 +165,7 @@ class SparseKVManager:
 
     def request_preempted(self, request_id: str) -> None:
         """Forget what was chosen; summaries stay true, the same tokens give the same keys."""
+        self._standing.clear()
         for layer in self._requests[request_id].layers:
             layer.chosen = None
             layer.queries.clear()
@@ -174,6 +179,7 @@ class SparseKVManager:
         state = request.layers[layer]
         whole = tokens // self.method.geometry.block_tokens
         if state.count > whole:
+            self._standing.pop(layer, None)
             state.count, state.chosen = whole, None
             if tokens < request.prompt_tokens and self.method.fit_on == "prompt":
                 state.count, state.basis = 0, None
@@ -181,7 +187,9 @@ class SparseKVManager:
     def request_finished(self, request_id: str) -> None:
         """Forget a request, known or not."""
         if self._requests.pop(request_id, None) is not None:
-            self._choosers.clear()  # they hold summaries
+            # They hold summaries.
+            self._choosers.clear()
+            self._standing.clear()
             self.method.request_finished(request_id)
 
     def pending(self, request_id: str, layer: int, tokens: int) -> range:
@@ -209,6 +217,7 @@ class SparseKVManager:
         pending = self.pending(request_id, layer, tokens)
         if not pending:
             return
+        self._standing.pop(layer, None)
         state = self._requests[request_id].layers[layer]
         if state.basis is None:
             state.basis = self.method.fit(layer, keys(self.method.fit_blocks(pending)))
@@ -278,11 +287,23 @@ class SparseKVManager:
                 recent = [array_namespace(queries).stack([*one.queries]) for one, _ in states]
             else:
                 recent = queries[:, None]
-            self._ask(layer, states, recent, known)
+            chooser = self._ask(layer, states, recent, known)
+            if self._used_once and len(asking) == len(rows) and isinstance(chooser, AxesChooser):
+                asked = [(id, cut) for (id, _), (_, cut) in zip(rows, found, strict=True)]
+                self._standing[layer] = asked, chooser
         return [
             None if cut.dense or state.chosen is None else Choice(cut, state.chosen)
             for state, cut in found
         ]
+
+    def standing(self, layer: int, rows: Sequence[tuple[str, Cut]]) -> AxesChooser | None:
+        """Return what chose for ``rows`` last where ``choose_all`` would ask it again, and only it.
+
+        ``rows`` are requests in their order and their cuts.  What it chooses then is the same, and
+        nobody needs to be told of it.
+        """
+        asked, chooser = self._standing.get(layer, (None, None))
+        return chooser if asked == rows else None
 
     def summary_bytes(self) -> int:
         """Return the bytes of all summaries, their spare room included."""
@@ -317,8 +338,8 @@ class SparseKVManager:
         asking: Sequence[tuple[_Layer, Cut]],
         queries: Sequence[Array],
         known: Array | KeptKeys | None,
-    ) -> None:
-        """Have the method choose for some requests."""
+    ) -> Chooser:
+        """Have the method choose for some requests; returns what chose."""
         # What they choose from stays the same from one step to the next, mostly.
         same = tuple((state.version, cut.first, cut.last, cut.chosen) for state, cut in asking)
         kept, choose = self._choosers.get(layer, (None, None))
@@ -338,6 +359,7 @@ class SparseKVManager:
             chosen = answer + cut.first
             state.chosen = np.asarray(chosen.cpu() if hasattr(chosen, "cpu") else chosen, np.int64)
             state.age, state.cut = 0, cut
+        return choose
 
 
 def rows_of(known: Array | KeptKeys | None, rows: Sequence[int]) -> Array | KeptKeys | None:

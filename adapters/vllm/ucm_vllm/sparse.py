@@ -15,6 +15,7 @@ from ucm_sdk.connector import DecodeRow, SparseConfig, SparsePlan, SparseWorkerS
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.sparse import (
     AttentionGeometry,
+    Cut,
     KeptKeys,
     KeyMemory,
     SparseBudget,
@@ -153,12 +154,47 @@ class VllmSparse:
         if step.decoding:
             queries = step.queries(query, self._method.geometry)
             known = step.known(pages) if self._method.counts_known else None
+            chooser = self._side.standing(layer, step.cuts) if step.in_pool else None
+            if chooser is not None:
+                # As in the step before, and as below, with less to do in between.
+                chooser(queries[:, None], known)
+                self._method.attention_finished(layer)
+                return step.written(chooser.chosen)
             tables = self._side.tables(layer, step.decoding, queries, known)
         self._method.attention_finished(layer)
         return None if all(table is None for table in tables) else step.changed(tables)
 
 
-@dataclass(frozen=True, slots=True)
+class _Written:
+    """A step's block table, into which each layer writes its choice; one is read before the next.
+
+    Rows have sink and recent blocks where they belong already.
+    """
+
+    def __init__(self, step: _Step) -> None:
+        """Begin with the rows of ``step``, of which all attend to as much as their cuts say."""
+        batch, size = step.batch, step.block_tokens
+        self.tables, self.lengths = batch.tables.copy(), np.array(batch.lengths, np.int32)
+        width = batch.tables.shape[1]
+        from_, to = [], []
+        for number, row, (_, cut) in zip(step.numbers, step.decoding, step.cuts, strict=True):
+            end = cut.first + cut.chosen
+            recent = row.blocks[cut.last :]
+            self.tables[number, end : end + len(recent)] = recent
+            # The last block keeps its place at the end, and with it what it lacks to be full.
+            self.lengths[number] -= (cut.middle - cut.chosen) * size
+            begin = number * width + cut.first
+            from_.append(np.full(cut.chosen, begin))
+            to.append(begin + np.arange(cut.chosen))
+        self._blocks, self._flat = batch.tables.ravel(), self.tables.reshape(-1)
+        self._from, self._to = np.concatenate(from_), np.concatenate(to)
+
+    def choose(self, chosen: NDArray[np.int64]) -> None:
+        """Write what was chosen of the rows' middles, one row's after another's."""
+        self._flat[self._to] = self._blocks[self._from + chosen]
+
+
+@dataclass(slots=True)
 class _Step:
     """What all layers of one step have in common: the rows of requests of the connector's."""
 
@@ -179,6 +215,11 @@ class _Step:
     """Where each row's end."""
     in_last: NDArray[np.uint32]
     """How many tokens lie in each row's last page."""
+    cuts: list[tuple[str, Cut]]
+    """Their requests, and the parts of these."""
+    in_pool: bool
+    """Whether all of these are decoded, and have all their blocks in the pool."""
+    _written: _Written | None = None
 
     @classmethod
     def of(
@@ -191,7 +232,7 @@ class _Step:
     ) -> _Step:
         """Look the step's rows up."""
         starts, tables = batch.starts, batch.tables
-        unsettled, decoding, numbers, kept, ends, in_last = [], [], [], [], [], []
+        unsettled, decoding, numbers, kept, ends, in_last, cuts = [], [], [], [], [], [], []
         for number, tokens in enumerate(batch.lengths):
             fresh = int(starts[number + 1] - starts[number])
             tail = int(tables[number, (tokens - 1) // size])
@@ -207,6 +248,7 @@ class _Step:
                 kept += [*row.blocks[: cut.first], *row.blocks[cut.last :]]
                 ends.append(len(kept))
                 in_last.append(tokens - (cut.blocks - 1) * size)
+                cuts.append((id, cut))
         return cls(
             metadata,
             batch,
@@ -218,6 +260,8 @@ class _Step:
             np.array(kept, np.int32),
             np.array(ends, np.uint32),
             np.array(in_last, np.uint32),
+            cuts,
+            side.in_pool(decoding),
         )
 
     def with_kept(self, kept: NDArray[np.int32], ends: NDArray[np.uint32]) -> _Step:
@@ -242,6 +286,13 @@ class _Step:
         """Return the keys of sink and recent tokens."""
         memory, kept = pages.pages_of(self.kept)
         return KeptKeys(memory, kept, self.ends, self.in_last)
+
+    def written(self, chosen: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Return the same as ``changed``, for what a chooser has chosen of all rows' middles."""
+        if self._written is None:
+            self._written = _Written(self)
+        self._written.choose(chosen)
+        return self._written.tables, self._written.lengths
 
     def changed(
         self, attended: Sequence[NDArray[np.int32] | None]
