@@ -31,7 +31,9 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from ucm_sdk.connector import load_config
 from ucm_sdk.errors import ConfigError
 from ucm_sdk.packing import planes
-from ucm_vllm import compat, flash_attention, platforms
+from ucm_sdk.sparse import AttentionGeometry, make_method
+from ucm_vllm import compat, flash_attention, platforms, worker
+from ucm_vllm.device_sparse import Attended, DeviceSparse
 from ucm_vllm.layout import make_layout, make_memory
 from ucm_vllm.pages import DeviceKeys
 
@@ -285,6 +287,22 @@ class TestFlashAttention:
         assert rows.lengths == [70, 40]
         assert rows.tables.tolist() == metadata.block_table.tolist()
 
+    def test_attends_by_what_was_chosen_on_the_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        metadata = metadata_of()
+        tables, lengths = metadata.block_table.flip(1), torch.tensor([38, 40], dtype=torch.int32)
+        found, calls = Attended(tables, lengths, 60), []
+        monkeypatch.setattr(DeviceSparse, "choose", lambda _, *given: calls.append(given) or found)
+        sparse = object.__new__(DeviceSparse)
+        given, _ = self.attend(monkeypatch, sparse, metadata)
+        assert given.block_table is tables
+        assert given.seq_lens is lengths
+        assert given.max_seq_len == 60
+        assert given.scheduler_metadata is None
+        ((name, query, asked),) = calls
+        assert (name, len(query), asked) == (self.NAME, 2, metadata)
+        # All layers of a step go by one.
+        assert self.attend(monkeypatch, sparse, metadata)[0] is given
+
     def test_attends_as_vllm_does_where_nothing_is_chosen(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -309,3 +327,36 @@ def test_keys_are_copied_in_the_order_that_methods_want() -> None:
     memory, places = DeviceKeys(keys).pages_of(np.array([4, 4, 1], np.int32))
     assert places.tolist() == [0, 1, 2]
     assert memory is not None
+
+
+@pytest.mark.parametrize("reason", [None, "it is Tuesday"])
+def test_a_gpu_decides_where_nothing_speaks_against_it(
+    reason: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked, made = [], []
+    monkeypatch.setattr(worker, "platform", lambda: SimpleNamespace(tensors="cuda"))
+    monkeypatch.setattr(worker, "why_not", lambda *given: asked.append(given) or reason)
+    monkeypatch.setattr(worker, "DeviceSparse", lambda *given, **more: made.append((given, more)))
+    one = object.__new__(worker.VllmWorker)
+    one._layers = {name: index for index, name in enumerate(NAMES)}
+    one._config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=1000))
+    one._context = SimpleNamespace(recorder="recorder")
+    method = make_method("rotated", AttentionGeometry(2, HEADS, 1, SIZE, TOKENS))
+    caches = old_caches("NHD")
+    one._on_device(method, "budget", caches)
+    ((_, keys, most_blocks),) = asked
+    assert most_blocks == 63
+    assert [one.data_ptr() for one in keys] == [caches[name].data_ptr() for name in NAMES]
+    if reason is None:
+        (((*given, given_keys), more),) = made
+        assert given == [method, "budget", one._layers]
+        assert given_keys is keys
+        assert more == {"most_blocks": 63, "recorder": "recorder"}
+    else:
+        assert made == []
+        assert f"decided on the host, which takes longer: {reason}" in caplog.text
+
+
+def test_a_host_decides_for_itself() -> None:
+    one = object.__new__(worker.VllmWorker)
+    assert one._on_device(None, None, {}) is None

@@ -189,21 +189,19 @@ class DeviceSparse:
         size = self._geometry.block_tokens
         choosing: list[list[int]] = []
         spared: list[int] = []
-        middles, attended = [0], [1]
+        middles = [0]
         for place, (request, computed, tokens) in enumerate(self._now):
             cut = self._budget.cut(tokens, size)
             # The prompt's last token is not decoded, though it may come alone.
             decodes = tokens - computed == 1 and tokens > request.prompt_tokens
             held = request.summaries
             if not decodes or cut.dense or request.count < cut.last or held is None:
-                attended.append(tokens)
                 continue
             in_last = tokens - (cut.blocks - 1) * size
             parts = [cut.first, cut.last, cut.blocks, in_last, cut.chosen]
             choosing.append([*held.place, *parts, place, 0])
             middles.append(cut.middle)
             spared.append((cut.middle - cut.chosen) * size)
-            attended.append(tokens - spared[-1])
         rows = self._rows(metadata)
         if not choosing:
             return self._new_step(metadata, rows, None, self._upload([]), 0)
@@ -216,8 +214,8 @@ class DeviceSparse:
         requests[:, _TOKEN] = metadata.query_start_loc[mine]
         lengths = metadata.seq_lens.clone()
         lengths.index_add_(0, mine, (self._upload(spared) * -there.long()).to(lengths.dtype))
-        others = len(metadata.seq_lens) > len(self._now)
-        most = metadata.max_seq_len if others else max(attended)
+        # Rows that are not found, or are others', attend to as much as ever.
+        most = metadata.max_seq_len
         found = Attended(metadata.block_table.clone(), lengths, most)
         return self._new_step(metadata, rows, found, requests, max(middles))
 
