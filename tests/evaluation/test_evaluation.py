@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ucm_sdk.errors import ConfigError
-from ucm_sdk.evaluation import needles, report, texts
+from ucm_sdk.evaluation import command, needles, report, texts
 from ucm_sdk.evaluation.copying import CopyTask
 from ucm_sdk.evaluation.hashing import train_model
 from ucm_sdk.evaluation.llama import Llama
@@ -103,6 +103,13 @@ def test_needles_are_hidden_where_they_can_be_found() -> None:
         assert plain.count(found) == 1
         before = len(plain[: plain.index(found)].split())
         assert before == pytest.approx((part + 0.25) / 3 * len(prompt), abs=15)
+
+
+def test_a_needle_is_keys_and_a_depth() -> None:
+    assert command._hidden("5:0.5") == (5, 0.5)
+    for wrong in ("", "1", "1:", "0:0.5", "6:0.5", "1:0", "1:1", "a:b", "1:0.5:2"):
+        with pytest.raises(ConfigError, match=f"--needle={wrong}: give KEYS:DEPTH, such as 1:0.5"):
+            command._hidden(wrong)
 
 
 def test_intervals_are_wilsons() -> None:

@@ -20,7 +20,7 @@ import pytest
 from segment_files import SMALL, open_at, segments_of
 from ucm_sdk.errors import ConfigError, StoreError
 from ucm_sdk.store import StoreContext, open_store
-from ucm_sdk.stores.file import FileStore, NFSStore
+from ucm_sdk.stores.file import FileStore, NFSStore, default_threads
 from ucm_sdk.testing import StoreSuite
 from ucm_sdk.testing.store_suite import (
     LAYOUT,
@@ -386,3 +386,11 @@ def test_a_read_only_directory_still_gives_its_blocks(tmp_path: Path) -> None:
             open_store({"kind": "file", "directory": str(mount)}, other)
     finally:
         subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+def test_there_are_as_many_threads_as_processors_can_feed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for processors in (None, 1, 2, 3, 4, 8, 12, 16, 64):
+        monkeypatch.setattr(os, "cpu_count", lambda processors=processors: processors)
+        found[processors] = default_threads()
+    assert found == {None: 2, 1: 2, 2: 2, 3: 3, 4: 4, 8: 4, 12: 6, 16: 8, 64: 8}
