@@ -109,7 +109,7 @@ SPARSE_MISSED_BLOCKS: Final = Metric(
 SPARSE_DENSE_REQUESTS: Final = Metric(
     "ucm_sparse_dense_requests",
     Kind.COUNTER,
-    "Requests that attend to everything because the device has no memory for their summaries.",
+    "Requests, or steps of them, that are dense because the device has no memory for choices.",
 )
 LAYER_BYTES: Final = Metric(
     "ucm_layer_bytes",

@@ -170,6 +170,14 @@ def test_few_blocks_that_took_long_do_not_keep_a_fast_store_from_being_used() ->
     assert claims[0] < 600
 
 
+def test_a_fast_load_of_long_ago_sends_nothing_after_one_that_hangs() -> None:
+    clock = Clock()
+    model = learnt(clock)
+    model.loaded(1600, 0.01)
+    clock.now += 1000
+    assert model.claim(1600, 0, least_s_per_token=10 * TOKEN_S) == BLOCK
+
+
 def test_what_was_seen_once_is_not_believed_for_ever() -> None:
     clock = Clock()
     model = learnt(clock)

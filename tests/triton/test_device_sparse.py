@@ -29,7 +29,7 @@ from ucm_sdk.sparse import (
 )
 from ucm_sdk.sparse.rotated import Rotated
 from ucm_sdk.telemetry import SPARSE_DENSE_REQUESTS, Recorder
-from ucm_vllm import device_summaries
+from ucm_vllm import device_sparse, device_summaries
 from ucm_vllm.device_sparse import DeviceSparse, why_not
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -361,17 +361,32 @@ def test_a_request_that_is_not_in_the_batch_changes_nothing(missing: str) -> Non
     assert (summaries.scales[:, :, 18:] == 0).all()
 
 
+def no_memory(*_: object) -> None:
+    message = "no memory is left"
+    raise torch.OutOfMemoryError(message)
+
+
+def test_a_step_for_which_there_is_no_memory_attends_to_everything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine(geometry(), BUDGET, torch.float32)
+    engine.step({"a": 300})
+    monkeypatch.setattr(engine.device, "_new_step", no_memory)
+    assert [found for found, _ in engine.step({"a": 1})] == [None] * LAYERS
+    assert engine.recorder.drain().counters[SPARSE_DENSE_REQUESTS.name] == 1
+    monkeypatch.undo()
+    assert engine.compare(engine.step({"a": 1})) == LAYERS
+
+
+@pytest.mark.parametrize(
+    "place", [(device_summaries.Summaries, "empty"), (device_sparse, "write_means")], ids=str
+)
 def test_a_request_for_which_there_is_no_memory_attends_to_everything(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    place: tuple[Any, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = Engine(geometry(), BUDGET, torch.float32)
     engine.step({"a": 200})
-
-    def empty(*_: object) -> None:
-        message = "no memory is left"
-        raise torch.OutOfMemoryError(message)
-
-    monkeypatch.setattr(device_summaries.Summaries, "empty", empty)
+    monkeypatch.setattr(*place, no_memory)
     engine.step({"b": 300, "a": 1})
     monkeypatch.undo()
     for tokens in (301, 302):

@@ -151,8 +151,9 @@ class CostModel:
         # for which what was seen once is to be believed.
         ratio = block_s / compute_s if compute_s > 0 else math.inf
         blocks = max(1, int(_PROBE_SHARE / ratio) if ratio > 0 else 1)
-        # Loads of one size do not tell what they take anyway from what each block takes.
-        if self._last_s <= _PROBE_SHARE * compute_s:
+        # Loads of one size do not tell what they take anyway from what each block takes.  Where one
+        # hangs, the last that ended says nothing.
+        if self._last_s <= _PROBE_SHARE * compute_s and not least_s_per_token:
             blocks = max(blocks, 2 * self._last_tokens // block)
         pause_s = max(_PROBE_PAUSES * blocks * block_s, _PROBE_EVERY_S * ratio)
         if self._clock() - self._probed_at < min(pause_s, _PROBE_PAUSE_MOST_S):

@@ -167,7 +167,12 @@ class DeviceSparse:
         if not self._now:
             return None
         if self._step is None or self._step.metadata is not metadata:
-            self._step = self._begin(metadata)
+            try:
+                self._step = self._begin(metadata)
+            except torch.OutOfMemoryError as error:
+                self._count_dense("a step attends", error)
+                self._now = []
+                return None
         step, layer = self._step, self._layers[layer_name]
         source = self._method.source_layer(layer)
         if step.attended is None or source is None:
@@ -338,11 +343,12 @@ class DeviceSparse:
                 continue
             try:
                 places = request.with_room(self._geometry, whole, self._device).place
+                if not request.count:
+                    self._fit(request, whole, step, place)
             except torch.OutOfMemoryError as error:
-                self._refuse(request, error)
+                request.refused, request.summaries, request.count = True, None, 0
+                self._count_dense("a request attends", error)
                 continue
-            if not request.count:
-                self._fit(request, whole, step, place)
             news += [[*places, number, place] for number in range(request.count, whole)]
             request.count = whole
         if not news:
@@ -364,10 +370,9 @@ class DeviceSparse:
         assert request.summaries is not None
         write_means(request.summaries.means, self._keys, table[:blocks].long())
 
-    def _refuse(self, request: SummarisedRequest, error: Exception) -> None:
-        request.refused, request.summaries, request.count = True, None, 0
+    def _count_dense(self, who: str, error: Exception) -> None:
         self._recorder.count(telemetry.SPARSE_DENSE_REQUESTS)
-        logger.warning("sparse attention: a request attends to everything: %s", error)
+        logger.warning("sparse attention: %s to everything: %s", who, error)
 
     def _upload(self, values: list[int] | list[list[int]]) -> torch.Tensor:
         """Return integers on the GPU, which need not be waited for."""
