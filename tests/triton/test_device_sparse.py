@@ -7,10 +7,7 @@ memory.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -442,11 +439,3 @@ def test_keys_that_kernels_cannot_read_are_said(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delattr(sparse, "device_kernels")
     monkeypatch.setitem(sys.modules, "ucm_sdk.sparse.device_kernels", None)
     assert "Triton cannot be imported" in str(why_not(method, [whole], 9))
-
-
-@pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile_for_gpus(capability: int) -> None:
-    """Triton's compiler needs no GPU; these are NVIDIA's Ampere and Hopper."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).parents[1] / "support" / "compile_kernels.py"
-    subprocess.run([sys.executable, script, str(capability)], env=environment, check=True)
