@@ -68,8 +68,9 @@ int ucm_segments_give_up_abandoned(ucm_segments *store)
 }
 
 /* Finds an open block, or makes it one, if need be in the place of one that is abandoned.  Returns
- * NULL when too many are open. */
-static open_block *acquire(ucm_segments *store, const uint8_t *id)
+ * NULL when too many are open, or when the index has the block by now and had not when it was
+ * looked up: opened anew it would wait for pieces that nobody dumps. */
+static open_block *acquire(ucm_segments *store, const uint8_t *id, int indexed)
 {
     open_block *unused;
     pthread_mutex_lock(&store->mutex);
@@ -86,6 +87,8 @@ static open_block *acquire(ucm_segments *store, const uint8_t *id)
                 unused = block;
         }
     } while (!unused && ucm_segments_give_up_abandoned(store));
+    if (unused && !indexed && ucm_index_find(&store->index, id, store->shard))
+        unused = NULL;
     if (unused) {
         unused->used = 1;
         unused->users = 1;
@@ -130,11 +133,13 @@ static int take_place(ucm_segments *store, open_block *block)
     return status;
 }
 
-/* Whether the block is there already; on the medium where that is promised. */
-static int is_there(ucm_segments *store, const uint8_t *id, int *status)
+/* Whether the block is there already; on the medium where that is promised.  `indexed` says whether
+ * the index has it, which may not have heard that it has gone. */
+static int is_there(ucm_segments *store, const uint8_t *id, int *status, int *indexed)
 {
     uint32_t at;
     segment *held = ucm_segments_find(store, id, store->shard, &at, NULL);
+    *indexed = held != NULL;
     if (!held)
         return 0;
     *status = UCM_OK;
@@ -156,8 +161,8 @@ static int is_there(ucm_segments *store, const uint8_t *id, int *status)
 static int publish(ucm_worker *worker, ucm_segments *store, open_block *block)
 {
     segment *into = block->segment;
-    int status = UCM_OK;
-    if (is_there(store, block->block, &status))
+    int status = UCM_OK, indexed;
+    if (is_there(store, block->block, &status, &indexed))
         return status; /* another writer was faster: this copy is dropped */
     ucm_record_seal(block->record);
     status = ucm_segments_write_header(worker, store, block);
@@ -231,10 +236,10 @@ static int dump_once(ucm_worker *worker, ucm_batch *batch, uint32_t number, cons
 {
     ucm_segments *store = batch->store;
     uint32_t written = 0;
-    int complete = 0, status;
-    if (is_there(store, id, &status))
+    int complete = 0, status, indexed;
+    if (is_there(store, id, &status, &indexed))
         return status;
-    open_block *block = acquire(store, id);
+    open_block *block = acquire(store, id, indexed);
     if (!block)
         return UCM_BUSY;
     const ucm_row *first = batch->rows + batch->first_row[number];

@@ -318,6 +318,7 @@ static void every_record_is_learned_from(settings with)
     with.capacity_bytes = 4 << 20;
     with.segment_bytes = 1 << 20;
     with.durability = UCM_DURABILITY_NONE;
+    with.abandoned_ns = UINT64_MAX; /* between two of its jobs, a block is nobody's */
     open_store(with);
     whole_rows(rows, source, 0, 1);
     for (uint32_t number = 0; number < NUMBERS; number++) {
