@@ -58,7 +58,7 @@ int ucm_mapped_copy(void *to, const void *from, uint64_t size, uint32_t *crc)
     return UCM_OK;
 }
 
-int ucm_mapped_touch(const void *from, uint64_t size)
+int ucm_mapped_touch(const void *from, uint64_t size, uint64_t step)
 {
     sigjmp_buf back;
     pthread_once(&once, install);
@@ -68,7 +68,7 @@ int ucm_mapped_touch(const void *from, uint64_t size)
     }
     guarded = &back;
     __asm__ volatile("" ::: "memory");
-    for (uint64_t at = 0; at < size; at += UCM_PAGE)
+    for (uint64_t at = 0; at < size; at += step)
         (void)*((const volatile uint8_t *)from + at);
     if (size)
         (void)*((const volatile uint8_t *)from + size - 1);

@@ -57,7 +57,7 @@ void ucm_overwriting_learn(ucm_overwriting *learned, ucm_way way, uint64_t bytes
         move(known, (uint32_t)(cost < most ? cost : most), COST_SHARE);
 }
 
-int ucm_is_dirty(int file, uint64_t offset, uint64_t bytes)
+ucm_cached ucm_cached_state(int file, uint64_t offset, uint64_t bytes)
 {
     struct {
         uint64_t offset, bytes;
@@ -67,6 +67,9 @@ int ucm_is_dirty(int file, uint64_t offset, uint64_t bytes)
     } found;
     const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
     if (syscall(SYS_cachestat, file, &range, &found, 0))
-        return 0;
-    return found.dirty == (offset % page + bytes + page - 1) / page && !found.written_back;
+        return UCM_UNCACHED;
+    const uint64_t pages = (offset % page + bytes + page - 1) / page;
+    if (found.cached != pages)
+        return UCM_UNCACHED;
+    return found.dirty == pages && !found.written_back ? UCM_DIRTY : UCM_CACHED;
 }

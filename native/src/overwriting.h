@@ -17,6 +17,7 @@ typedef enum {
     UCM_WRITTEN,        /* by pwritev() */
     UCM_STORED,         /* into pages that are writable since an earlier store */
     UCM_STORED_ANEW,    /* into pages that must be made writable first */
+    UCM_STORED_HUGE,    /* into huge pages, where neither costs much: nothing is learned */
     UCM_WAYS
 } ucm_way;
 
@@ -32,8 +33,13 @@ ucm_way ucm_overwriting_way(ucm_overwriting *learned, int stored, int dirty);
 /* Learns that `bytes`, which are not 0, took `ns`. */
 void ucm_overwriting_learn(ucm_overwriting *learned, ucm_way way, uint64_t bytes, uint64_t ns);
 
-/* Whether the page cache has all of a file's range and none of it is on the medium; 0 as well where
- * the kernel does not tell (before Linux 6.5, or forbidden). */
-int ucm_is_dirty(int file, uint64_t offset, uint64_t bytes);
+typedef enum {
+    UCM_UNCACHED, /* not all of it, or the kernel does not tell (before Linux 6.5, or forbidden) */
+    UCM_CACHED,   /* all of it */
+    UCM_DIRTY     /* all of it, and none is on the medium */
+} ucm_cached;
+
+/* What the page cache has of a file's range. */
+ucm_cached ucm_cached_state(int file, uint64_t offset, uint64_t bytes);
 
 #endif

@@ -2,6 +2,8 @@
 #define _GNU_SOURCE
 #include "segment_file.h"
 
+#include "huge_pages.h"
+
 #include "ucm/crc32c.h"
 
 #include <errno.h>
@@ -122,7 +124,7 @@ static int take_lock(int file)
     return UCM_OK;
 }
 
-static int map_file(ucm_segment_file *segment, int writing)
+static int map_file(ucm_segment_file *segment, const ucm_segment_use *use, int writing)
 {
     int protection = PROT_READ | (writing ? PROT_WRITE : 0);
     void *map = mmap(NULL, segment->bytes, protection, MAP_SHARED, segment->file, 0);
@@ -130,16 +132,23 @@ static int map_file(ucm_segment_file *segment, int writing)
         return ucm_status_from_errno(errno);
     segment->map = map;
     segment->writable = writing;
+    if (use->pages >= 0) {
+        ucm_huge_pages_for_file(map, segment->bytes);
+        /* Of a new file, before its header makes the first page a small one. */
+        if (segment->reserved)
+            (void)ucm_mapped_touch(map, 1, UCM_PAGE);
+    }
     return UCM_OK;
 }
 
 static int prepare_access(ucm_segment_file *segment, int directory, const char *name,
-                          enum ucm_segments_access access, int writing)
+                          const ucm_segment_use *use, int writing)
 {
-    if (access == UCM_ACCESS_MAPPED)
-        return map_file(segment, writing);
-    if (access >= UCM_ACCESS_DIRECT) {
-        segment->distant = access == UCM_ACCESS_NETWORK;
+    /* A store makes the whole page dirty, which may be a huge one, and each sync would write it. */
+    if (use->access == UCM_ACCESS_MAPPED)
+        return map_file(segment, use, writing && !use->sync);
+    if (use->access >= UCM_ACCESS_DIRECT) {
+        segment->distant = use->access == UCM_ACCESS_NETWORK;
         segment->direct = open_quietly(directory, name, (writing ? O_RDWR : O_RDONLY) | O_DIRECT);
         if (segment->direct < 0)
             return ucm_status_from_errno(errno);
@@ -150,7 +159,7 @@ static int prepare_access(ucm_segment_file *segment, int directory, const char *
 }
 
 int ucm_segment_open(int directory, const char *name, const ucm_segment_shape *shape,
-                     enum ucm_segments_access access, int writing, ucm_segment_file *segment)
+                     const ucm_segment_use *use, int writing, ucm_segment_file *segment)
 {
     uint8_t page[UCM_PAGE];
     struct stat information;
@@ -174,7 +183,7 @@ int ucm_segment_open(int directory, const char *name, const ucm_segment_shape *s
         segment->bytes = ucm_segment_bytes(shape, header->slot_count);
         segment->overwrites = 1;
         segment->writing = writing;
-        status = prepare_access(segment, directory, name, access, writing);
+        status = prepare_access(segment, directory, name, use, writing);
     }
     if (status)
         ucm_segment_close(segment);
@@ -183,21 +192,23 @@ int ucm_segment_open(int directory, const char *name, const ucm_segment_shape *s
     return status;
 }
 
-static int preallocate(int file, uint64_t bytes)
+static int preallocate(ucm_segment_file *segment)
 {
+    const off_t bytes = (off_t)segment->bytes;
     int error;
     do
-        error = fallocate(file, 0, 0, (off_t)bytes) ? errno : 0;
+        error = fallocate(segment->file, 0, 0, bytes) ? errno : 0;
     while (error == EINTR);
+    segment->reserved = !error;
     /* A file system without it gives the space as it is written. */
     if (error == EOPNOTSUPP || error == ENOSYS)
-        error = ftruncate(file, (off_t)bytes) ? errno : 0;
+        error = ftruncate(segment->file, bytes) ? errno : 0;
     return ucm_status_from_errno(error);
 }
 
 int ucm_segment_create(int directory, const char *name, const ucm_segment_shape *shape,
-                       uint32_t shard, uint32_t slot_count, enum ucm_segments_access access,
-                       int sync, ucm_segment_file *segment)
+                       uint32_t shard, uint32_t slot_count, const ucm_segment_use *use,
+                       ucm_segment_file *segment)
 {
     uint8_t page[UCM_PAGE] = {0};
     char temporary[UCM_SEGMENT_NAME + 8];
@@ -222,13 +233,13 @@ int ucm_segment_create(int directory, const char *name, const ucm_segment_shape 
     if (status == UCM_IO || status == UCM_UNSUPPORTED)
         status = UCM_OK;
     if (!status)
-        status = preallocate(segment->file, segment->bytes);
+        status = preallocate(segment);
+    if (!status)
+        status = prepare_access(segment, directory, temporary, use, 1);
     if (!status)
         status = write_all(segment->file, page, sizeof page, 0);
-    if (!status)
-        status = prepare_access(segment, directory, temporary, access, 1);
     /* Another host must not see the name before the header. */
-    if (!status && (sync || segment->distant) && fsync(segment->file))
+    if (!status && (use->sync || segment->distant) && fsync(segment->file))
         status = ucm_status_from_errno(errno);
     if (!status && renameat(directory, temporary, directory, name))
         status = ucm_status_from_errno(errno);
@@ -237,7 +248,7 @@ int ucm_segment_create(int directory, const char *name, const ucm_segment_shape 
         ucm_segment_close(segment);
         return status;
     }
-    if (sync && fsync(directory)) {
+    if (use->sync && fsync(directory)) {
         status = ucm_status_from_errno(errno);
         ucm_segment_close(segment);
     }

@@ -50,6 +50,13 @@ typedef struct {
     uint64_t slot_bytes;
 } ucm_segment_shape;
 
+/* How a handle uses segments. */
+typedef struct {
+    enum ucm_segments_access access;
+    int sync;  /* each record is put on the medium before it is published */
+    int pages; /* of ucm_huge_pages_open() */
+} ucm_segment_use;
+
 /* An open segment. */
 typedef struct {
     int file;      /* -1 where it is opened by name when it is needed */
@@ -57,6 +64,7 @@ typedef struct {
     uint8_t *map;  /* the whole file, or NULL */
     int writing;   /* this handle has the lock */
     int writable;  /* the mapping may be written */
+    int reserved;   /* the file system has room for all of it */
     int overwrites; /* its blocks are allocated */
     int distant;    /* others may write it from other hosts: the cache is not asked */
     uint64_t bytes;
@@ -67,15 +75,15 @@ typedef struct {
 /* Opens and checks a segment.  `writing` also takes its lock: UCM_BUSY when somebody has it.
  * UCM_FORMAT for another version, UCM_CORRUPT for what is no segment of this shape. */
 int ucm_segment_open(int directory, const char *name, const ucm_segment_shape *shape,
-                     enum ucm_segments_access access, int writing, ucm_segment_file *segment);
+                     const ucm_segment_use *use, int writing, ucm_segment_file *segment);
 
 /*
  * Makes a segment of `slot_count` slots under a temporary name with its lock held, and renames it
  * to `name`.  UCM_NO_SPACE when the file system cannot hold it.
  */
 int ucm_segment_create(int directory, const char *name, const ucm_segment_shape *shape,
-                       uint32_t shard, uint32_t slot_count, enum ucm_segments_access access,
-                       int sync, ucm_segment_file *segment);
+                       uint32_t shard, uint32_t slot_count, const ucm_segment_use *use,
+                       ucm_segment_file *segment);
 
 void ucm_segment_close(ucm_segment_file *segment);
 
@@ -105,8 +113,9 @@ uint64_t ucm_segment_bytes(const ucm_segment_shape *shape, uint32_t slot_count);
  */
 int ucm_mapped_copy(void *to, const void *from, uint64_t size, uint32_t *crc);
 
-/* Reads one byte a page, so that a copy that follows does not wait for the medium. */
-int ucm_mapped_touch(const void *from, uint64_t size);
+/* Reads a byte each `step` bytes and the last, so that a copy that follows does not wait for the
+ * medium. */
+int ucm_mapped_touch(const void *from, uint64_t size, uint64_t step);
 
 /* Whether a directory entry is named like a segment. */
 int ucm_is_segment_name(const char *name);

@@ -126,7 +126,9 @@ int ucm_segments_open(const ucm_segments_options *options, ucm_pool *pool, ucm_s
     store->pool = pool;
     store->shard = options->shard;
     store->shards = options->shards;
-    store->access = (enum ucm_segments_access)options->access;
+    store->use.access = (enum ucm_segments_access)options->access;
+    store->use.sync = options->durability != UCM_DURABILITY_NONE;
+    store->use.pages = options->access == UCM_ACCESS_MAPPED ? ucm_huge_pages_open() : -1;
     store->durability = (enum ucm_segments_durability)options->durability;
     store->active_segments = options->active_segments;
     store->segment_bytes = options->segment_bytes;
@@ -181,6 +183,8 @@ void ucm_segments_close(ucm_segments *store)
     ucm_index_close(&store->index);
     if (store->directory >= 0)
         close(store->directory);
+    if (store->use.pages >= 0)
+        close(store->use.pages);
     pthread_cond_destroy(&store->changed);
     pthread_mutex_destroy(&store->mutex);
     pthread_mutex_destroy(&store->refreshing);

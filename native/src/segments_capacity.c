@@ -150,7 +150,7 @@ void ucm_segments_note_hit(ucm_segments *store, segment *hit, double lease_s)
     struct timespec wall;
     clock_gettime(CLOCK_REALTIME, &wall);
     uint64_t now = ucm_now_ns();
-    int near = store->access == UCM_ACCESS_MAPPED || store->access == UCM_ACCESS_DIRECT;
+    int near = store->use.access == UCM_ACCESS_MAPPED || store->use.access == UCM_ACCESS_DIRECT;
     uint64_t pause = near ? HIT_NS : DISTANT_HIT_NS;
     int64_t end_s = (int64_t)wall.tv_sec + (int64_t)(lease_s + 0.999);
     pthread_mutex_lock(&store->mutex);

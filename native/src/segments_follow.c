@@ -261,7 +261,7 @@ static void open_found(ucm_segments *store, const char *name)
 {
     ucm_segment_file file;
     /* What is no segment, or one of another version, is left alone. */
-    if (ucm_segment_open(store->directory, name, &store->shape, store->access, 0, &file))
+    if (ucm_segment_open(store->directory, name, &store->shape, &store->use, 0, &file))
         return;
     (void)ucm_segments_add(store, name, &file, NULL);
 }

@@ -4,6 +4,7 @@
 
 #include "ucm/segments.h"
 
+#include "huge_pages.h"
 #include "index.h"
 #include "overwriting.h"
 #include "pool_internal.h"
@@ -76,12 +77,13 @@ struct ucm_segments {
     uint32_t piece_count, largest_piece;
     uint32_t *piece_bytes;
     uint64_t *piece_offset; /* piece_count + 1 payload offsets */
-    enum ucm_segments_access access;
+    ucm_segment_use use;
     enum ucm_segments_durability durability;
     uint32_t active_segments;
     uint64_t segment_bytes, capacity_bytes, namespace_bytes, unused_s, abandoned_ns, opened_ns;
     _Atomic uint64_t names;
     int in_memory; /* the directory is on a file system in memory */
+    _Atomic uint64_t small_until_ns; /* new pages were small ones: not asked before */
     ucm_overwriting overwriting;
 
     pthread_mutex_t refreshing; /* one scan at a time; taken before `mutex` */

@@ -79,7 +79,7 @@ static int deliver(const record_load *load, const cursor *at, const uint8_t *pie
     uint8_t *copy = wanted.whole ? wanted.target : load->memory;
     uint32_t crc = 0;
     /* Waiting for the medium happens here, not where a cancellation would have to wait too. */
-    int status = mapped && !load->warm ? ucm_mapped_touch(piece, length) : UCM_OK;
+    int status = mapped && !load->warm ? ucm_mapped_touch(piece, length, UCM_PAGE) : UCM_OK;
     if (status)
         return status;
     if (!ucm_batch_enter(load->batch))

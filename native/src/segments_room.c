@@ -48,8 +48,7 @@ static int make_segment(ucm_segments *store, uint32_t slot_count)
     new_name(store, name);
     pthread_mutex_lock(&store->refreshing);
     int status = ucm_segment_create(store->directory, name, &store->shape, store->shard,
-                                    slot_count, store->access,
-                                    store->durability != UCM_DURABILITY_NONE, &file);
+                                    slot_count, &store->use, &file);
     if (!status)
         status = ucm_segments_add(store, name, &file, &made);
     if (!status) {
@@ -129,7 +128,7 @@ static int open_to_write(ucm_segments *store, const char *name, int evict, segme
     ucm_segment_file file;
     struct stat information;
     struct timespec now;
-    int status = ucm_segment_open(store->directory, name, &store->shape, store->access, 1, &file);
+    int status = ucm_segment_open(store->directory, name, &store->shape, &store->use, 1, &file);
     if (status)
         return status;
     clock_gettime(CLOCK_REALTIME, &now);

@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 enum { PARTS = 64, WRITE_BYTES = 256 * 1024 }; /* pieces and bytes in one write: still cached */
+static const uint64_t SMALL_NS = 10000000000;
 
 static uint64_t place(const open_block *block)
 {
@@ -138,20 +139,47 @@ static int is_whole(const ucm_segments *store, const ucm_row *row, const ucm_row
     return row == end && piece == store->piece_count;
 }
 
+/*
+ * Whether a place can be stored to in huge pages.  It would be read from the medium for that, unless
+ * it is in the page cache or nothing was ever written there; then new pages are made, in vain where
+ * they are small ones: that is not tried again soon.
+ */
+static int in_huge_pages(ucm_segments *store, const ucm_segment_file *file, uint64_t at,
+                         ucm_cached cached)
+{
+    const uint64_t bytes = file->slot_bytes, now = ucm_now_ns();
+    const int new = !file->overwrites;
+    if (store->use.pages < 0 || (new ? !file->reserved : cached == UCM_UNCACHED))
+        return 0;
+    if ((new && now < atomic_load(&store->small_until_ns)) ||
+        ucm_mapped_touch(file->map + at, bytes, UCM_HUGE_PAGE))
+        return 0;
+    const uint64_t huge = ucm_huge_pages_in(store->use.pages, file->map + at, bytes);
+    /* The last ones of a file are small. */
+    if (!huge && at / UCM_HUGE_PAGE < file->bytes / UCM_HUGE_PAGE)
+        atomic_store(&store->small_until_ns, now + SMALL_NS);
+    return huge >= bytes / 4 * 3;
+}
+
 void ucm_segments_choose_way(ucm_segments *store, open_block *block)
 {
     const ucm_segment_file *file = &block->segment->file;
     uint8_t *flags = &block->segment->slots[block->slot];
     block->way = UCM_WRITTEN;
-    if (!file->writable || !file->overwrites)
+    if (!file->writable)
         return;
     if (store->in_memory) { /* nothing is ever written back */
-        block->way = UCM_STORED;
+        block->way = file->overwrites ? UCM_STORED : UCM_WRITTEN;
         return;
     }
-    const int dirty = ucm_is_dirty(file->file, place(block), file->slot_bytes);
+    const ucm_cached cached = ucm_cached_state(file->file, place(block), file->slot_bytes);
+    const int huge = in_huge_pages(store, file, place(block), cached);
     pthread_mutex_lock(&store->mutex);
-    block->way = ucm_overwriting_way(&store->overwriting, *flags & SLOT_STORED, dirty);
+    if (huge)
+        block->way = UCM_STORED_HUGE;
+    else if (file->overwrites)
+        block->way = ucm_overwriting_way(&store->overwriting, *flags & SLOT_STORED,
+                                         cached == UCM_DIRTY);
     *flags &= (uint8_t)~SLOT_STORED; /* until all of it has been */
     pthread_mutex_unlock(&store->mutex);
 }
@@ -159,7 +187,7 @@ void ucm_segments_choose_way(ucm_segments *store, open_block *block)
 void ucm_segments_learn_way(ucm_segments *store, open_block *block)
 {
     const ucm_segment_file *file = &block->segment->file;
-    if (!file->writable || !file->overwrites || store->in_memory)
+    if (!file->writable || !file->overwrites || store->in_memory || block->way == UCM_STORED_HUGE)
         return;
     ucm_overwriting_learn(&store->overwriting, block->way, file->slot_bytes,
                           atomic_load(&block->spent_ns));

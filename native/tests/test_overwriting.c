@@ -117,14 +117,16 @@ static void test_dirty_pages(void)
     CHECK(!fstatfs(file, &medium));
     const int told = !syscall(451, file, &range, found, 0) && medium.f_type != TMPFS_MAGIC;
     if (told) { /* before Linux 6.5 nothing is known; in memory nothing is written back */
-        CHECK(ucm_is_dirty(file, 0, sizeof bytes));
-        CHECK(ucm_is_dirty(file, 3 * PAGE + 5, PAGE));
-        CHECK(!ucm_is_dirty(file, 0, sizeof bytes + 1));
+        CHECK(ucm_cached_state(file, 0, sizeof bytes) == UCM_DIRTY);
+        CHECK(ucm_cached_state(file, 3 * PAGE + 5, PAGE) == UCM_DIRTY);
+        CHECK(ucm_cached_state(file, 0, sizeof bytes + 1) == UCM_UNCACHED);
         CHECK(!fdatasync(file));
         CHECK(pwrite(file, bytes, sizeof bytes / 2, 0) >= 0 && !fdatasync(file));
-        CHECK(!ucm_is_dirty(file, 0, sizeof bytes));
+        CHECK(ucm_cached_state(file, 0, sizeof bytes) == UCM_CACHED);
+        CHECK(!posix_fadvise(file, 0, 0, POSIX_FADV_DONTNEED));
+        CHECK(ucm_cached_state(file, 0, sizeof bytes) == UCM_UNCACHED);
     }
-    CHECK(!ucm_is_dirty(-1, 0, PAGE));
+    CHECK(ucm_cached_state(-1, 0, PAGE) == UCM_UNCACHED);
     CHECK(!close(file) && !unlink(name));
 }
 

@@ -1,0 +1,215 @@
+/* SPDX-License-Identifier: MIT */
+/* Records in huge pages, where the file system of the working directory has them for files. */
+#define _GNU_SOURCE
+#include "huge_pages.h"
+#include "segments_fixture.h"
+#include "segments_internal.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+enum { SEGMENT = 8 << 20, RECORDS = 80 };
+static int has_them; /* the file system */
+
+static void *map_anonymous(uint64_t bytes, int advice)
+{
+    uint8_t *map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    CHECK(map != MAP_FAILED);
+    uint8_t *aligned = map + -(uintptr_t)map % UCM_HUGE_PAGE;
+    CHECK(!madvise(map, bytes, advice));
+    memset(map, 1, bytes);
+    return aligned;
+}
+
+static int memory_may_be_huge(void)
+{
+    char modes[64] = "";
+    FILE *file = fopen("/sys/kernel/mm/transparent_hugepage/enabled", "r");
+    const int told = file && fgets(modes, sizeof modes, file);
+    if (file)
+        fclose(file);
+    return told && !strstr(modes, "[never]");
+}
+
+static void test_how_memory_is_mapped(int told)
+{
+    enum { HUGE = UCM_HUGE_PAGE };
+    const uint8_t *small = map_anonymous(4 * HUGE, MADV_NOHUGEPAGE);
+    CHECK(ucm_huge_pages_in(told, small, 2 * HUGE) == 0);
+    CHECK(ucm_huge_pages_in(-1, small, HUGE) == 0);
+    if (!memory_may_be_huge())
+        return;
+    const uint8_t *huge = map_anonymous(4 * HUGE, MADV_HUGEPAGE);
+    CHECK(ucm_huge_pages_in(told, huge, 2 * HUGE) == 2 * HUGE);
+    /* Only what was asked about is counted, at both ends. */
+    CHECK(ucm_huge_pages_in(told, huge + 12345, HUGE) == HUGE);
+    CHECK(ucm_huge_pages_in(told, huge + 4096, 100) == 100);
+    CHECK(ucm_huge_pages_in(-1, huge, HUGE) == 0);
+}
+
+/* Whether a new file of this file system gets huge pages where it is asked for them. */
+static int file_gets_them(int told)
+{
+    char name[] = "huge-XXXXXX";
+    int file = mkstemp(name);
+    CHECK(file >= 0 && !unlink(name));
+    if (fallocate(file, 0, 0, SEGMENT))
+        return 0;
+    uint8_t *map = mmap(NULL, SEGMENT, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    CHECK(map != MAP_FAILED);
+    ucm_huge_pages_for_file(map, SEGMENT);
+    CHECK_OK(ucm_mapped_touch(map, SEGMENT, UCM_HUGE_PAGE));
+    const int gets = ucm_huge_pages_in(told, map, SEGMENT) == SEGMENT;
+    CHECK(!munmap(map, SEGMENT) && !close(file));
+    return gets;
+}
+
+static void name_of(uint32_t number, uint8_t id[ID])
+{
+    memset(id, 0, ID);
+    memcpy(id, &number, sizeof number);
+}
+
+/* Dumps one record and returns how it was written. */
+static ucm_way dump_record(uint32_t number)
+{
+    ucm_row rows[PIECES];
+    ucm_batch *batch;
+    uint8_t id[ID];
+    const uint64_t count = whole_rows(rows, source, number % BLOCKS, number % BLOCKS + 1);
+    name_of(number, id);
+    CHECK_OK(ucm_segments_dump(store, id, 1, rows, count, &batch));
+    CHECK_OK(finish(batch, 0));
+    ucm_batch_release(batch);
+    return store->table[store->table_size - 1].way; /* alone, it has the place looked at last */
+}
+
+static void check_record(uint32_t number)
+{
+    ucm_row rows[PIECES];
+    ucm_batch *batch;
+    uint8_t id[ID];
+    const uint64_t count = whole_rows(rows, target, number % BLOCKS, number % BLOCKS + 1);
+    name_of(number, id);
+    memset(target, 0, sizeof target);
+    CHECK_OK(ucm_segments_load(store, id, 1, rows, count, &batch));
+    CHECK_OK(finish(batch, 0));
+    ucm_batch_release(batch);
+    CHECK(!memcmp(target[number % BLOCKS], source[number % BLOCKS], PAYLOAD));
+}
+
+static uint32_t dump_records(uint32_t first, uint32_t end, ucm_way way)
+{
+    uint32_t found = 0;
+    for (uint32_t number = first; number < end; number++) {
+        found += dump_record(number) == way;
+        check_record(number);
+    }
+    return found;
+}
+
+static void sync_all(void)
+{
+    for (uint32_t i = 0; i < store->segment_count; i++)
+        CHECK(!msync(store->segments[i]->file.map, store->segments[i]->file.bytes, MS_SYNC));
+}
+
+/* Takes all segments out of the page cache; the store is closed. */
+static void drop_all(void)
+{
+    char command[128];
+    snprintf(command, sizeof command, "for f in $(find %s -name '*.seg'); do dd of=$f "
+             "oflag=nocache conv=notrunc,fdatasync count=0 status=none; done", root);
+    CHECK(system(command) == 0);
+}
+
+static void test_records(settings with)
+{
+    open_store(with);
+    /* New places, then the same that the kernel has written back. */
+    uint32_t huge = dump_records(0, RECORDS, UCM_STORED_HUGE);
+    CHECK(huge == 0 || has_them);
+    CHECK(huge >= RECORDS / 2 || !has_them); /* not what the end of a file is in */
+    sync_all();
+    huge = dump_records(RECORDS, 2 * RECORDS, UCM_STORED_HUGE);
+    CHECK(huge >= RECORDS / 2 || !has_them);
+    close_store();
+    /* What has left the page cache is not read to be overwritten. */
+    drop_all();
+    open_store(with);
+    CHECK(dump_record(2 * RECORDS) == UCM_WRITTEN);
+    check_record(2 * RECORDS);
+    close_store();
+    open_store(with);
+    for (uint32_t number = 2 * RECORDS - 10; number <= 2 * RECORDS; number++)
+        check_record(number);
+    close_store();
+}
+
+/* Where each record is synced, a store to a huge page would have all of it written. */
+static void test_durable_records_are_written(settings with)
+{
+    with.durability = UCM_DURABILITY_GROUP;
+    with.capacity_bytes = 0;
+    open_store(with);
+    CHECK(dump_records(3 * RECORDS, 4 * RECORDS, UCM_WRITTEN) == RECORDS);
+    for (uint32_t i = 0; i < store->segment_count; i++)
+        CHECK(!store->segments[i]->active || !store->segments[i]->file.writable);
+    close_store();
+}
+
+/* Stands in for a file system without them: nothing is told to be in huge pages. */
+static void test_small_pages_are_not_tried_for_long(settings with)
+{
+    with.capacity_bytes = 0;
+    open_store(with);
+    if (store->use.pages >= 0)
+        close(store->use.pages);
+    store->use.pages = open("/dev/null", O_RDONLY);
+    CHECK(dump_records(4 * RECORDS, 6 * RECORDS, UCM_STORED_HUGE) == 0);
+    CHECK(atomic_load(&store->small_until_ns) > ucm_now_ns());
+    close_store();
+}
+
+static void run(void (*test)(settings), settings with)
+{
+    char folder[300];
+    strcpy(root, "ucm-huge-XXXXXX");
+    CHECK(mkdtemp(root));
+    snprintf(directory, sizeof directory, "%s/store", root);
+    CHECK(!mkdir(directory, 0700));
+    for (int i = 0; i < 2; i++) {
+        snprintf(folder, sizeof folder, "%s/%s", directory, i ? "pins" : "tmp");
+        CHECK(!mkdir(folder, 0700));
+    }
+    test(with);
+    char command[128];
+    snprintf(command, sizeof command, "rm -rf %s", root);
+    CHECK(system(command) == 0);
+}
+
+int main(void)
+{
+    const int told = ucm_huge_pages_open();
+    if (told < 0)
+        return 77; /* an older kernel */
+    for (int block = 0; block < BLOCKS; block++)
+        for (int i = 0; i < PAYLOAD; i++)
+            source[block][i] = (uint8_t)(i * 31 + i / 255 + block);
+    test_how_memory_is_mapped(told);
+    has_them = file_gets_them(told);
+    printf("huge pages of files: %s\n", has_them ? "yes" : "no");
+    settings with = USUAL;
+    with.access = UCM_ACCESS_MAPPED;
+    with.durability = UCM_DURABILITY_NONE;
+    with.segment_bytes = SEGMENT;
+    with.capacity_bytes = 2 * SEGMENT;
+    run(test_records, with);
+    run(test_durable_records_are_written, with);
+    run(test_small_pages_are_not_tried_for_long, with);
+    CHECK(!close(told));
+    return 0;
+}
