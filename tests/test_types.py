@@ -106,4 +106,4 @@ def test_every_status_has_an_error_that_is_also_a_builtin() -> None:
 def test_crc32c_is_the_published_one() -> None:
     assert crc32c(b"123456789") == 0xE3069283
     assert crc32c(b"6789", crc32c(b"12345")) == 0xE3069283
-    assert versions()["crc32c"] in {"portable", "pclmul", "vpclmul", "armv8"}
+    assert versions()["crc32c"] in {"portable", "pclmul", "armv8"}

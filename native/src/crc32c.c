@@ -10,7 +10,7 @@
 
 static uint32_t slice[8][256];      /* slicing-by-8: slice[k][b] is b followed by k zero bytes */
 static uint32_t stream_shift[4][256]; /* the same after a whole stream of zero bytes, per byte */
-static uint64_t folds[6];
+static uint64_t folds[4];
 static ucm_crc32c_function *chosen;
 static ucm_crc32c_copy_function *chosen_copy;
 static const char *chosen_name;
@@ -64,8 +64,6 @@ static void fill_folds(void)
     folds[1] = power(4 * 128 - 32);
     folds[2] = power(128 + 32);
     folds[3] = power(128 - 32);
-    folds[4] = power(4 * 512 + 32);
-    folds[5] = power(4 * 512 - 32);
 }
 
 static void prepare_once(void)
@@ -80,10 +78,6 @@ static void prepare_once(void)
         chosen = ucm_crc32c_pclmul;
         chosen_copy = ucm_crc32c_copy_pclmul;
         chosen_name = "pclmul";
-        if (ucm_crc32c_have_vpclmul()) {
-            chosen_copy = ucm_crc32c_copy_vpclmul;
-            chosen_name = "vpclmul";
-        }
     } else if (ucm_crc32c_have_armv8()) {
         chosen = ucm_crc32c_armv8;
         chosen_copy = ucm_crc32c_copy_armv8;
@@ -150,8 +144,6 @@ int ucm_crc32c_copy_with(enum ucm_crc32c_variant variant, uint32_t crc, void *to
     ucm_crc32c_copy_function *copy = ucm_crc32c_copy_portable;
     if (variant == UCM_CRC32C_PCLMUL)
         copy = ucm_crc32c_have_pclmul() ? ucm_crc32c_copy_pclmul : NULL;
-    else if (variant == UCM_CRC32C_VPCLMUL)
-        copy = ucm_crc32c_have_vpclmul() ? ucm_crc32c_copy_vpclmul : NULL;
     else if (variant == UCM_CRC32C_ARMV8)
         copy = ucm_crc32c_have_armv8() ? ucm_crc32c_copy_armv8 : NULL;
     else if (variant != UCM_CRC32C_PORTABLE)
@@ -171,7 +163,6 @@ int ucm_crc32c_with(enum ucm_crc32c_variant variant, uint32_t crc, const void *d
         *result = ~ucm_crc32c_portable(~crc, data, size);
         return UCM_OK;
     case UCM_CRC32C_PCLMUL:
-    case UCM_CRC32C_VPCLMUL:
         if (!ucm_crc32c_have_pclmul())
             return UCM_UNSUPPORTED;
         *result = ~ucm_crc32c_pclmul(~crc, data, size);

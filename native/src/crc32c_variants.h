@@ -22,18 +22,16 @@ ucm_crc32c_function ucm_crc32c_pclmul;
 ucm_crc32c_function ucm_crc32c_armv8;
 ucm_crc32c_copy_function ucm_crc32c_copy_portable;
 ucm_crc32c_copy_function ucm_crc32c_copy_pclmul;
-ucm_crc32c_copy_function ucm_crc32c_copy_vpclmul;
 ucm_crc32c_copy_function ucm_crc32c_copy_armv8;
 
 int ucm_crc32c_have_pclmul(void);
-int ucm_crc32c_have_vpclmul(void);
 int ucm_crc32c_have_armv8(void);
 
 /* Fills the tables once; every entry point calls it before a variant runs. */
 void ucm_crc32c_prepare(void);
 
-/* Returns the constants that fold 128 bits over 64 bytes (two), over 16 bytes (two) and over 256
- * bytes (two): reflected powers of x modulo the polynomial. */
+/* Returns the constants that fold 128 bits over 64 bytes (two) and over 16 bytes (two): reflected
+ * powers of x modulo the polynomial. */
 const uint64_t *ucm_crc32c_folds(void);
 
 /* Returns the register after UCM_CRC32C_STREAM zero bytes more. */

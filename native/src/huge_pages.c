@@ -4,6 +4,7 @@
 
 #include <fcntl.h>
 #include <linux/ioctl.h>
+#include <stdlib.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -69,4 +70,14 @@ uint64_t ucm_huge_pages_in(int told, const void *from, uint64_t bytes)
         sum += end - start;
     }
     return sum;
+}
+
+void *ucm_huge_pages_new(uint64_t bytes)
+{
+    const uint64_t unit = bytes < UCM_HUGE_PAGE ? page_bytes() : UCM_HUGE_PAGE;
+    const uint64_t whole = (bytes + unit - 1) / unit * unit;
+    void *memory = aligned_alloc(unit, whole);
+    if (memory && unit == UCM_HUGE_PAGE)
+        (void)madvise(memory, whole, MADV_HUGEPAGE);
+    return memory;
 }

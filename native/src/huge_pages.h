@@ -25,4 +25,8 @@ void ucm_huge_pages_for_file(void *map, uint64_t bytes);
 /* Returns how many bytes of a range are mapped by huge pages now. */
 uint64_t ucm_huge_pages_in(int told, const void *from, uint64_t bytes);
 
+/* Returns memory of this process for free(), in huge pages where it is large and the kernel has
+ * them; NULL without memory. */
+void *ucm_huge_pages_new(uint64_t bytes);
+
 #endif

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 #define _GNU_SOURCE
+#include "huge_pages.h"
 #include "pool_internal.h"
 
 #include <sched.h>
@@ -97,7 +98,7 @@ static int start_thread(ucm_pool *pool, const ucm_pool_options *options)
         return UCM_MEMORY;
     start->pool = pool;
     start->worker.scratch_bytes = options->scratch_bytes;
-    start->worker.scratch = aligned_alloc(4096, options->scratch_bytes);
+    start->worker.scratch = ucm_huge_pages_new(options->scratch_bytes);
     if (!start->worker.scratch)
         goto out;
     /* Touched now, so that no page fault is taken on the data path. */

@@ -140,9 +140,9 @@ static int is_whole(const ucm_segments *store, const ucm_row *row, const ucm_row
 }
 
 /*
- * Whether a place can be stored to in huge pages.  It would be read from the medium for that, unless
- * it is in the page cache or nothing was ever written there; then new pages are made, in vain where
- * they are small ones: that is not tried again soon.
+ * Whether a place can be stored to in huge pages.  It would be read from the medium for that,
+ * unless it is in the page cache or nothing was ever written there; then new pages are made, in
+ * vain where they are small ones: that is not tried again soon.
  */
 static int in_huge_pages(ucm_segments *store, const ucm_segment_file *file, uint64_t at,
                          ucm_cached cached)

@@ -82,11 +82,10 @@ static void copies_and_checks(enum ucm_crc32c_variant variant)
 
 int main(void)
 {
-    enum ucm_crc32c_variant all[] = {UCM_CRC32C_PORTABLE, UCM_CRC32C_PCLMUL, UCM_CRC32C_VPCLMUL,
-                                     UCM_CRC32C_ARMV8};
-    for (int i = 0; i < 4; i++) {
+    enum ucm_crc32c_variant all[] = {UCM_CRC32C_PORTABLE, UCM_CRC32C_PCLMUL, UCM_CRC32C_ARMV8};
+    for (int i = 0; i < 3; i++) {
         uint32_t ignored;
-        if (ucm_crc32c_copy_with(all[i], 0, &ignored, "", 0, &ignored) == UCM_UNSUPPORTED)
+        if (ucm_crc32c_with(all[i], 0, "", 0, &ignored) == UCM_UNSUPPORTED)
             continue;
         published_values(all[i]);
         equals_the_definition(all[i]);

@@ -24,13 +24,8 @@ UCM_API uint32_t ucm_crc32c(uint32_t crc, const void *data, size_t size);
  */
 UCM_API uint32_t ucm_crc32c_copy(uint32_t crc, void *to, const void *from, size_t size);
 
-/* The variants compiled in, for tests and benchmarks.  VPCLMUL differs from PCLMUL in copies. */
-enum ucm_crc32c_variant {
-    UCM_CRC32C_PORTABLE,
-    UCM_CRC32C_PCLMUL,
-    UCM_CRC32C_VPCLMUL,
-    UCM_CRC32C_ARMV8
-};
+/* The variants compiled in, for tests and benchmarks.  */
+enum ucm_crc32c_variant { UCM_CRC32C_PORTABLE, UCM_CRC32C_PCLMUL, UCM_CRC32C_ARMV8 };
 
 /* Computes with one variant.  Returns UCM_UNSUPPORTED where this processor lacks it. */
 UCM_API int ucm_crc32c_with(enum ucm_crc32c_variant variant, uint32_t crc, const void *data,
@@ -39,7 +34,7 @@ UCM_API int ucm_crc32c_with(enum ucm_crc32c_variant variant, uint32_t crc, const
 UCM_API int ucm_crc32c_copy_with(enum ucm_crc32c_variant variant, uint32_t crc, void *to,
                                  const void *from, size_t size, uint32_t *result);
 
-/* Returns the name of the variant in use: "portable", "pclmul", "vpclmul" or "armv8". */
+/* Returns the name of the variant in use: "portable", "pclmul" or "armv8". */
 UCM_API const char *ucm_crc32c_name(void);
 
 #endif
