@@ -27,12 +27,7 @@ void ucm_segments_give_up(ucm_segments *store, open_block *block)
     int sealed = 0;
     pthread_mutex_lock(&store->mutex);
     if (into) {
-        into->writers--;
-        if (!block->published) {
-            into->slots[block->slot] &= (uint8_t)~SLOT_TAKEN;
-            if (into->next_free > block->slot)
-                into->next_free = block->slot;
-        }
+        ucm_segments_leave_slot(into, block->slot, block->published);
         sealed = into->active && !into->writers && ucm_segments_is_full(into);
     }
     reset(block);

@@ -23,6 +23,16 @@ enum {
     SLOT_STORED = 8,  /* its last record came through the mapping */
 };
 
+/* A segment is filled in as many places as this at a time: records side by side share a page, and
+ * huge pages are made writable by one thread while others wait. */
+enum { STRIPES = 4 };
+
+/* A part of the slots of a segment that this handle writes. */
+typedef struct {
+    uint32_t next_free; /* no slot of the stripe below is free */
+    uint32_t writers;   /* records being written */
+} stripe;
+
 /* A segment that this handle knows. */
 typedef struct {
     ucm_segment_file file;
@@ -31,7 +41,7 @@ typedef struct {
     uint32_t references; /* transfers that use it */
     uint32_t indexed;    /* slots with SLOT_INDEXED */
     uint32_t writers;    /* records being written */
-    uint32_t next_free;  /* no slot below is free; for a segment that this handle writes */
+    stripe stripes[STRIPES]; /* STRIPES equal parts of the slots, one after the other */
     int active;          /* this handle writes it and holds its lock */
     int gone;            /* not in the directory any more; freed with its last reference */
     int seen;            /* by the scan that is under way */
@@ -188,6 +198,10 @@ int ucm_segments_take_over(ucm_segments *store, const char *old_name, int evict)
 
 /* Whether no slot is free; `mutex` is held. */
 int ucm_segments_is_full(segment *mine);
+
+/* Ends the writing of a record that has a slot, which is free again unless it is `kept`; `mutex` is
+ * held. */
+void ucm_segments_leave_slot(segment *mine, uint32_t slot, int kept);
 
 /* Puts what a segment holds on the medium. */
 int ucm_segments_sync(ucm_segments *store, segment *dirty);

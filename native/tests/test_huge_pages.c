@@ -174,6 +174,52 @@ static void test_small_pages_are_not_tried_for_long(settings with)
     close_store();
 }
 
+enum { APART = 4 };
+
+static uint32_t part_of(uint32_t slot, uint32_t room)
+{
+    uint32_t part = 0;
+    while (slot >= room * (part + 1) / APART)
+        part++;
+    return part;
+}
+
+/* Writers at a time fill a segment in places apart, and in the end all of it. */
+static void test_writers_fill_places_apart(settings with)
+{
+    enum { MANY = 40 };
+    segment *into[MANY];
+    uint32_t slot[MANY], count = 0, room;
+    open_store(with);
+    store->active_segments = 1;
+    CHECK_OK(ucm_segments_reserve(store, &into[0], &slot[0]));
+    room = into[0]->file.slot_count;
+    CHECK(room >= 2 * APART && room <= MANY);
+    for (count = 1; count < room; count++)
+        CHECK_OK(ucm_segments_reserve(store, &into[count], &slot[count]));
+    CHECK(ucm_segments_is_full(into[0]));
+    for (uint32_t i = 0; i < room; i++) {
+        CHECK(into[i] == into[0]);
+        for (uint32_t j = 0; j < i; j++)
+            CHECK(slot[i] != slot[j]);
+        for (uint32_t j = i / APART * APART; j < i; j++)
+            CHECK(part_of(slot[i], room) != part_of(slot[j], room));
+    }
+    /* The next one goes to where nobody writes, beside the one before. */
+    pthread_mutex_lock(&store->mutex);
+    for (uint32_t i = 0; i < room; i++)
+        ucm_segments_leave_slot(into[0], slot[i], i < APART);
+    pthread_mutex_unlock(&store->mutex);
+    CHECK_OK(ucm_segments_reserve(store, &into[1], &slot[1]));
+    CHECK(slot[1] == slot[0] + 1);
+    pthread_mutex_lock(&store->mutex);
+    ucm_segments_leave_slot(into[0], slot[1], 0);
+    pthread_mutex_unlock(&store->mutex);
+    for (uint32_t i = 0; i <= room; i++)
+        ucm_segments_let_go(store, into[0]);
+    close_store();
+}
+
 static void run(void (*test)(settings), settings with)
 {
     char folder[300];
@@ -210,6 +256,7 @@ int main(void)
     run(test_records, with);
     run(test_durable_records_are_written, with);
     run(test_small_pages_are_not_tried_for_long, with);
+    run(test_writers_fill_places_apart, with);
     CHECK(!close(told));
     return 0;
 }
