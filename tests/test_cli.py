@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ucm_sdk._native import huge_pages
 from ucm_sdk.store import StoreContext, open_store
 from ucm_sdk.testing.store_suite import LAYOUT, NAMESPACE, dump, ids_of, payloads_of
 
@@ -96,6 +97,9 @@ def test_what_is_no_store_is_named(tmp_path: Path) -> None:
 def test_doctor_knows_a_good_directory_from_a_bad_one(directory: Path) -> None:
     code, checks, _ = ucm("doctor", str(directory), "--json")
     assert code == 0, checks
+    (pages,) = (check["value"] for check in checks if check["check"] == "huge pages")
+    assert pages == ("yes" if huge_pages(directory) else "no: dumps and loads cost more")
+    assert not huge_pages(directory / "missing")
     assert ucm("doctor", str(directory / "missing"), "--json")[0] == 1
 
 

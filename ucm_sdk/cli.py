@@ -24,7 +24,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ucm_sdk import config
-from ucm_sdk._native import Pool, versions
+from ucm_sdk._native import Pool, huge_pages, versions
 from ucm_sdk.connector import UcmConfig
 from ucm_sdk.errors import ConfigError, StoreError
 from ucm_sdk.evaluation import command as evaluation
@@ -272,6 +272,8 @@ def doctor(directory: Directory, *, as_json: AsJson = False) -> None:
         except OSError as error:
             locks = error.strerror or str(error)
         checks.append({"check": "file locks", "ok": locks == "work", "value": locks})
+        pages = "yes" if huge_pages(directory) else "no: dumps and loads cost more"
+        checks.append({"check": "huge pages", "ok": True, "value": pages})
         if (directory / "ucm-store.json").exists():
             checks.append({"check": "geometries", "ok": True, "value": len(geometries(directory))})
     _show(checks, as_json=as_json)

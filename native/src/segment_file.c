@@ -192,6 +192,21 @@ int ucm_segment_open(int directory, const char *name, const ucm_segment_shape *s
     return status;
 }
 
+int ucm_segments_huge_pages(const char *directory)
+{
+    enum { BYTES = 2 * UCM_HUGE_PAGE };
+    const ucm_segment_use use = {.access = UCM_ACCESS_MAPPED, .pages = ucm_huge_pages_open()};
+    ucm_segment_file segment = {.direct = -1, .bytes = BYTES, .reserved = 1};
+    int found = 0;
+    segment.file = open(directory, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    if (segment.file >= 0 && !fallocate(segment.file, 0, 0, BYTES) && !map_file(&segment, &use, 1))
+        found = ucm_huge_pages_in(use.pages, segment.map, UCM_HUGE_PAGE) == UCM_HUGE_PAGE;
+    ucm_segment_close(&segment);
+    if (use.pages >= 0)
+        close(use.pages);
+    return found;
+}
+
 static int preallocate(ucm_segment_file *segment)
 {
     const off_t bytes = (off_t)segment->bytes;

@@ -50,23 +50,6 @@ static void test_how_memory_is_mapped(int told)
     CHECK(ucm_huge_pages_in(-1, huge, HUGE) == 0);
 }
 
-/* Whether a new file of this file system gets huge pages where it is asked for them. */
-static int file_gets_them(int told)
-{
-    char name[] = "huge-XXXXXX";
-    int file = mkstemp(name);
-    CHECK(file >= 0 && !unlink(name));
-    if (fallocate(file, 0, 0, SEGMENT))
-        return 0;
-    uint8_t *map = mmap(NULL, SEGMENT, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
-    CHECK(map != MAP_FAILED);
-    ucm_huge_pages_for_file(map, SEGMENT);
-    CHECK_OK(ucm_mapped_touch(map, SEGMENT, UCM_HUGE_PAGE));
-    const int gets = ucm_huge_pages_in(told, map, SEGMENT) == SEGMENT;
-    CHECK(!munmap(map, SEGMENT) && !close(file));
-    return gets;
-}
-
 /* Whether the kernel has been asked for huge pages, and not to read further than one of them. */
 static int is_asked_for(const void *map)
 {
@@ -278,7 +261,8 @@ int main(void)
         for (int i = 0; i < PAYLOAD; i++)
             source[block][i] = (uint8_t)(i * 31 + i / 255 + block);
     test_how_memory_is_mapped(told);
-    has_them = file_gets_them(told);
+    has_them = ucm_segments_huge_pages(".");
+    CHECK(!ucm_segments_huge_pages("missing"));
     printf("huge pages of files: %s\n", has_them ? "yes" : "no");
     settings with = USUAL;
     with.access = UCM_ACCESS_MAPPED;

@@ -8,6 +8,7 @@ headers under native/include for the contracts.
 from __future__ import annotations
 
 import math
+import os
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -47,6 +48,11 @@ def status_text(status: int) -> str:
 def versions() -> dict[str, str]:
     """Return which variants of the kernels this machine uses."""
     return {"crc32c": _ffi.string(_lib.ucm_crc32c_name()).decode()}
+
+
+def huge_pages(directory: str | os.PathLike[str]) -> bool:
+    """Return whether a directory's file system keeps new files in huge pages."""
+    return bool(_lib.ucm_segments_huge_pages(os.fsencode(directory)))
 
 
 def _check(status: int, doing: str) -> None:

@@ -78,6 +78,10 @@ UCM_API int ucm_segments_open(const ucm_segments_options *options, ucm_pool *poo
 UCM_API uint64_t ucm_segments_scratch_bytes(const uint32_t *piece_bytes, uint32_t piece_count,
                                             uint32_t access);
 
+/* Whether a directory's file system keeps new files in huge pages, so that dumps through a mapping
+ * cost little; 0 as well where it cannot be tried. */
+UCM_API int ucm_segments_huge_pages(const char *directory);
+
 /* Drops partly dumped blocks and frees the handle.  Close the pool first: no batch may run. */
 UCM_API void ucm_segments_close(ucm_segments *store);
 
