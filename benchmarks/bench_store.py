@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The file store beside the physical limits of the machine and other stores, in one run.
 
-``python benchmarks/bench_store.py [--rounds N] [--directory DIR]`` moves the same blocks through
-every system in turn, prints medians with their spread and ratios, and writes
+``python benchmarks/bench_store.py [--rounds N] [--directory DIR] [--written-back]`` moves the same
+blocks through every system in turn, prints medians with their spread and ratios, and writes
 build/bench-store.json: a list of rows with the keys ``system``, ``tier``, ``shape``,
 ``block_tokens``, ``op``, ``gb_per_s``, ``cpu_s_per_gb``, ``ratio_to_limit`` and
 ``ratio_to_best_peer``; ``system`` is ``ucm`` for ours.
@@ -155,7 +155,9 @@ def aligned(blocks: int, payload: int, fill: int) -> Memory:
     return memory
 
 
-def measure(shape: Shape, block_tokens: int, directory: Path, rounds: int) -> list[dict[str, Any]]:
+def measure(
+    shape: Shape, block_tokens: int, directory: Path, rounds: int, *, written_back: bool
+) -> list[dict[str, Any]]:
     """Run all systems over blocks of one size and return their rows."""
     layout = shape.layout(block_tokens)
     blocks = max(2, BATCH_BYTES // layout.payload_bytes)
@@ -176,6 +178,8 @@ def measure(shape: Shape, block_tokens: int, directory: Path, rounds: int) -> li
                     operations.append(("load layer-wise", system.load_layerwise, target))
                     operations.append(("load, 4 requests", system.load_by_requests, target))
                 for op, call, data in operations:
+                    if written_back:
+                        os.sync()
                     key = (system.name, system.tier, op)
                     result = results.setdefault(key, Result(*key))
                     cpu, started = cpu_s(), time.perf_counter()
@@ -305,6 +309,9 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path("build"))
     parser.add_argument("--shape", choices=[shape.name for shape in SHAPES])
     parser.add_argument("--block-tokens", type=int, nargs="*", default=[16, 128])
+    parser.add_argument(
+        "--written-back", action="store_true", help="sync the file systems before each operation"
+    )
     arguments = parser.parse_args()
     arguments.directory.mkdir(exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -316,7 +323,13 @@ def main() -> None:
             print(f"\n{shape.name}, blocks of {block_tokens} tokens, {size / (1 << 20):.2f} MiB")
             place = Path(tempfile.mkdtemp(prefix="bench-store-", dir=arguments.directory))
             try:
-                found = measure(shape, block_tokens, place.resolve(), arguments.rounds)
+                found = measure(
+                    shape,
+                    block_tokens,
+                    place.resolve(),
+                    arguments.rounds,
+                    written_back=arguments.written_back,
+                )
             finally:
                 shutil.rmtree(place)
             show(found)
