@@ -16,7 +16,12 @@
 
 #define TARGET __attribute__((target("sse4.2,pclmul")))
 
-enum { LINE = 64, STREAMS = 4, STREAM_AHEAD = 1024, LONG = 2048 };
+enum {
+    LINE = 64, /* of the cache: a store past it should fill one at once */
+    STREAMS = 4,
+    STREAM_AHEAD = 1024,
+    LONG = 2048, /* bytes from which on joining costs less than it saves */
+};
 
 int ucm_crc32c_have_pclmul(void)
 {

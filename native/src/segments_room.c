@@ -112,11 +112,11 @@ static segment *known_as(ucm_segments *store, const char *name)
 
 /*
  * Makes `file`, whose lock this handle has, the one that `known` is written through, where its
- * mapping may be written: pages that are writable in it may stay so.
+ * mapping serves for that: pages that are in it, or writable, stay so.
  */
 static int write_through(ucm_segments *store, segment *known, ucm_segment_file *file)
 {
-    if (!known->file.map || !known->file.writable)
+    if (!known->file.map || (!known->file.writable && !store->use.sync))
         return 0;
     pthread_mutex_lock(&store->mutex);
     known->file.file = file->file;
