@@ -149,14 +149,14 @@ static int in_huge_pages(ucm_segments *store, const ucm_segment_file *file, uint
 {
     const uint64_t bytes = file->slot_bytes, now = ucm_now_ns();
     const int new = !file->overwrites;
-    if (store->use.pages < 0 || (new ? !file->reserved : cached == UCM_UNCACHED))
+    if (store->use.pages < 0 || (new ? !file->reserved : cached == UCM_UNCACHED) ||
+        at / UCM_HUGE_PAGE == file->bytes / UCM_HUGE_PAGE) /* the last ones of a file are small */
         return 0;
     if ((new && now < atomic_load(&store->small_until_ns)) ||
         ucm_mapped_touch(file->map + at, bytes, UCM_HUGE_PAGE))
         return 0;
     const uint64_t huge = ucm_huge_pages_in(store->use.pages, file->map + at, bytes);
-    /* The last ones of a file are small. */
-    if (!huge && at / UCM_HUGE_PAGE < file->bytes / UCM_HUGE_PAGE)
+    if (!huge)
         atomic_store(&store->small_until_ns, now + SMALL_NS);
     return huge >= bytes / 4 * 3;
 }
