@@ -37,7 +37,7 @@ def write(directory: str, life: int, writer: int, told: int) -> None:
     """Dump for ever, and look at what was dumped a little earlier."""
     options: dict[str, object] = {"kind": "file", "directory": directory, "io_threads": 2}
     # From 4 MiB on a segment may lie in huge pages, which are stored to without a system call.
-    segment_bytes = 1 << 20 + 2 * (life % 2)
+    segment_bytes = (4 if life % 2 else 1) << 20
     options |= {"segment_bytes": segment_bytes, "capacity_bytes": CAPACITY_BYTES}
     namespace = dataclasses.replace(NAMESPACE, salt=str(writer % 2))
     generator = random.Random(life)  # noqa: S311 - reproducible

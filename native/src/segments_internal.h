@@ -196,11 +196,16 @@ int ucm_segments_evict(ucm_segments *store, ucm_census *all, uint64_t wanted);
 /* Takes over a segment whose lock nobody has; with `evict`, frees slots in it. */
 int ucm_segments_take_over(ucm_segments *store, const char *old_name, int evict);
 
-/* Whether no slot is free; `mutex` is held. */
+/* Looks for free slots from the beginning again; `mutex` is held, here and below. */
+void ucm_segments_start_stripes(segment *mine);
+
+/* Whether no slot is free. */
 int ucm_segments_is_full(segment *mine);
 
-/* Ends the writing of a record that has a slot, which is free again unless it is `kept`; `mutex` is
- * held. */
+/* Takes a slot of a segment that is not full, for a record to be written. */
+uint32_t ucm_segments_take_slot(segment *mine);
+
+/* Ends the writing of a record that has a slot, which is free again unless it is `kept`. */
 void ucm_segments_leave_slot(segment *mine, uint32_t slot, int kept);
 
 /* Puts what a segment holds on the medium. */

@@ -24,17 +24,11 @@ static void new_name(ucm_segments *store, char name[UCM_SEGMENT_NAME])
              (unsigned long long)atomic_fetch_add(&store->names, 1));
 }
 
-static uint32_t stripe_start(const segment *of, uint32_t number)
-{
-    return (uint32_t)((uint64_t)of->file.slot_count * number / STRIPES);
-}
-
 static void start_writing(ucm_segments *store, segment *mine)
 {
     pthread_mutex_lock(&store->mutex);
     mine->active = 1;
-    for (uint32_t i = 0; i < STRIPES; i++)
-        mine->stripes[i].next_free = stripe_start(mine, i);
+    ucm_segments_start_stripes(mine);
     pthread_mutex_unlock(&store->mutex);
 }
 
@@ -291,49 +285,6 @@ static int find_room(ucm_segments *store, int evict)
     return status;
 }
 
-/* Returns the number of the stripe with the fewest writers that has a free slot, STRIPES when none
- * has one. */
-static uint32_t free_stripe(segment *mine)
-{
-    uint32_t best = STRIPES;
-    for (uint32_t i = 0; i < STRIPES; i++) {
-        stripe *one = &mine->stripes[i];
-        const uint32_t end = stripe_start(mine, i + 1);
-        while (one->next_free < end && mine->slots[one->next_free] & SLOT_TAKEN)
-            one->next_free++;
-        if (one->next_free < end &&
-            (best == STRIPES || one->writers < mine->stripes[best].writers))
-            best = i;
-    }
-    return best;
-}
-
-int ucm_segments_is_full(segment *mine) { return free_stripe(mine) == STRIPES; }
-
-static uint32_t take_slot(segment *mine)
-{
-    stripe *one = &mine->stripes[free_stripe(mine)];
-    mine->slots[one->next_free] |= SLOT_TAKEN;
-    mine->writers++;
-    one->writers++;
-    return one->next_free;
-}
-
-void ucm_segments_leave_slot(segment *mine, uint32_t slot, int kept)
-{
-    uint32_t number = 0;
-    while (slot >= stripe_start(mine, number + 1))
-        number++;
-    stripe *one = &mine->stripes[number];
-    mine->writers--;
-    one->writers--;
-    if (kept)
-        return;
-    mine->slots[slot] &= (uint8_t)~SLOT_TAKEN;
-    if (one->next_free > slot)
-        one->next_free = slot;
-}
-
 /* Returns the active segment with the fewest writers that has a free slot, and their number. */
 static segment *least_busy(ucm_segments *store, uint32_t *active)
 {
@@ -386,7 +337,7 @@ int ucm_segments_reserve(ucm_segments *store, segment **into, uint32_t *slot)
         int enough = best && (!best->writers || active >= store->active_segments ||
                               ucm_now_ns() < store->alone_until_ns);
         if (best && (enough || store->growing)) {
-            *slot = take_slot(best);
+            *slot = ucm_segments_take_slot(best);
             best->references++;
             *into = best;
             break;

@@ -10,7 +10,7 @@
 #include <unistd.h>
 
 enum { PARTS = 64, WRITE_BYTES = 256 * 1024 }; /* pieces and bytes in one write: still cached */
-static const uint64_t SMALL_NS = 10000000000;
+static const uint64_t SMALL_NS = 10000000000; /* huge pages may be had again by then */
 
 static uint64_t place(const open_block *block)
 {
@@ -156,7 +156,7 @@ static int in_huge_pages(ucm_segments *store, const ucm_segment_file *file, uint
         ucm_mapped_touch(file->map + at, bytes, UCM_HUGE_PAGE))
         return 0;
     const uint64_t huge = ucm_huge_pages_in(store->use.pages, file->map + at, bytes);
-    if (!huge)
+    if (new && !huge)
         atomic_store(&store->small_until_ns, now + SMALL_NS);
     return huge >= bytes / 4 * 3;
 }
